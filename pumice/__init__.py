@@ -1,0 +1,1 @@
+"""Pumice: compiles trained networks into small, sparse int8 libraries."""
