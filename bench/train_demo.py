@@ -204,3 +204,88 @@ def train(
         mean, seconds = float(total) * epochs / steps, time.monotonic() - start
         print(f"epoch {epoch + 1}/{epochs} loss {mean:.4f} {seconds:.0f} s", flush=True)
     model.eval()
+
+
+@torch.no_grad()
+def evaluate(model: DemoNet, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy in percent on all test images and on the first 2,000, which the demo carries."""
+    right = torch.cat([model(to_input(part)).argmax(1) for part in images.split(500)]) == labels
+    return {str(n): 100 * float(right[:n].float().mean()) for n in (len(right), 2000)}
+
+
+def folded(model: DemoNet) -> DemoNet:
+    """Fold batch normalisation here: the exporter would do it too, but rename the weights."""
+    result = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
+    for module in result.modules():
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                target = name.replace("bn", "conv") if name.startswith("bn") else name[: -len("_bn")]
+                conv = getattr(module, target)
+                setattr(module, target, fuse_conv_bn_eval(conv, norm))
+                setattr(module, name, nn.Identity())
+    return result
+
+
+def to_onnx(model: DemoNet) -> bytes:
+    """Export with the TorchScript exporter, which keeps module names and needs only onnx."""
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        folded(model),
+        (torch.zeros(1, 1, 28, 28),),
+        buffer,
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+        opset_version=17,
+        dynamo=False,
+    )
+    return buffer.getvalue()
+
+
+def evaluate_onnx(exported: bytes, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The same two accuracies from the exported model, run by ONNX Runtime."""
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    pixels = to_input(images).contiguous().numpy()
+    right = session.run(["logits"], {"image": pixels})[0].argmax(1) == labels.numpy()
+    return {str(n): 100 * float(right[:n].mean()) for n in (len(right), 2000)}
+
+
+def zero_blocks(model: DemoNet) -> dict[str, float]:
+    """Percent of zero blocks in each prunable layer and, as ``all``, over these layers."""
+    zero = {
+        name: ~weight.detach().unflatten(1, (-1, BLOCK)).any(2)
+        for name, weight in BlockPruner(model).weights.items()
+    }
+    zero["all"] = torch.cat([part.flatten() for part in zero.values()])
+    return {name: 100 * float(part.double().mean()) for name, part in zero.items()}
+
+
+def write_images(path: Path, train_images: Tensor, test: tuple[Tensor, Tensor]) -> None:
+    """Store what the demo needs of the data: 2,000 test and 512 calibration images."""
+    drawn = np.random.default_rng(SEED).choice(len(train_images), 512, replace=False)
+    np.savez_compressed(
+        path,
+        test_images=test[0][:2000].numpy(),
+        test_labels=test[1][:2000].numpy().astype(np.uint8),
+        calibration_images=train_images[np.sort(drawn)].numpy(),
+    )
+
+
+def main() -> None:
+    """Train the three networks in turn, measure them, and write them with the images."""
+    parser = argparse.ArgumentParser(description="Train the demo networks on Fashion-MNIST.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the IDX .gz files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--checkpoints", type=Path, help="keep finished stages here; reuse them")
+    parser.add_argument("--epochs", type=int, nargs=3, default=(24, 14, 16), help="per stage")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    split = {
+        name: (torch.from_numpy(read_idx(args.data / x)), torch.from_numpy(read_idx(args.data / y)).long())
+        for name, (x, y) in SPLITS.items()
+    }
+    torch.manual_seed(SEED)
+    model = DemoNet().to(memory_format=torch.channels_last)
+    teacher: DemoNet | None = None
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    archive = zipfile.ZipFile(args.out / "fashion.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9)

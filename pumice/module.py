@@ -61,7 +61,9 @@ def with_weights(mod: IRModule, weights: Mapping[str, np.ndarray | tvm.runtime.T
             and value.strides == np.from_dlpack(old).strides
             and str(value.dtype) == str(old.dtype)
         )
-        kept[name] = old if unchanged else tvm.runtime.tensor(np.ascontiguousarray(value).reshape(value.shape))
+        kept[name] = (
+            old if unchanged else tvm.runtime.tensor(np.ascontiguousarray(value).reshape(value.shape))
+        )
     return mod.with_attr(_WEIGHTS, kept)
 
 
