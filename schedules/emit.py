@@ -1,0 +1,112 @@
+"""Vector idioms of the kernels, written once: loads, stores, splats, rounding, the bytes of a word.
+
+Kernels are built with TVM's IR builder: a Python loop unrolls, a ``with T.serial(...)`` loops at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from pumice.targets.isa import llvm
+
+Expr = Any
+Buffer = Any
+
+
+def kernel(name: str, body: Callable[[], None]) -> tirx.PrimFunc:
+    """The PrimFunc called ``name`` whose arguments and statements ``body`` declares."""
+    with IRBuilder() as builder, T.prim_func(is_private=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True})
+        body()
+    return builder.get()
+
+
+def argument(name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+    """The next argument of the kernel."""
+    return T.arg(name, T.buffer(shape, dtype))
+
+
+def words_of(buffer: Buffer, dtype: str = "int32") -> Buffer:
+    """A flat view of ``buffer`` in 4-byte elements."""
+    size = 1
+    for extent in buffer.shape:
+        size *= int(extent)
+    return T.decl_buffer((size // (4 if str(buffer.dtype) in ("int8", "uint8") else 1),), dtype, data=buffer.data)
+
+
+def load(buffer: Buffer, offset: Expr, lanes: int) -> Expr:
+    """``lanes`` neighbours of a flat buffer."""
+    return buffer[tirx.Ramp(_index(offset), tirx.const(1, "int32"), lanes)]
+
+
+def store(buffer: Buffer, offset: Expr, value: Expr, lanes: int) -> None:
+    """Write ``lanes`` neighbours of a flat buffer."""
+    T.buffer_store(buffer, value, [tirx.Ramp(_index(offset), tirx.const(1, "int32"), lanes)])
+
+
+def splat(value: Expr | int | float, lanes: int, dtype: str = "int32") -> Expr:
+    """One value in every lane."""
+    return tirx.Broadcast(tirx.const(value, dtype) if isinstance(value, int | float) else value, lanes)
+
+
+def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    """``a * b + c`` rounded once: explicit, so that every target gives the same float32."""
+    return llvm("llvm.fma", f"float32x{lanes}", a, b, c)
+
+
+def to_float(value: Expr, lanes: int) -> Expr:
+    """int32 -> float32, to nearest even."""
+    return tirx.Cast(f"float32x{lanes}", value)
+
+
+def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) -> Expr:
+    """``clamp(round_half_even(value) + zero_point, low, high)`` as int32.
+
+    The clamp comes before the rounding: its bounds are integers, so that the two commute, and what is converted
+    then always fits.
+    """
+    dtype = f"float32x{lanes}"
+    clamped = tirx.max(value, splat(float(low - zero_point), lanes, "float32"))
+    clamped = tirx.min(clamped, splat(float(high - zero_point), lanes, "float32"))
+    rounded = tirx.Cast(f"int32x{lanes}", llvm("llvm.roundeven", dtype, clamped))
+    return rounded + splat(zero_point, lanes) if zero_point else rounded
+
+
+def byte_of(word: Expr, which: Expr | int, lanes: int) -> Expr:
+    """Byte ``which`` (0 lowest) of each word, as int32 0..255."""
+    shift = which * 8 if isinstance(which, int) else which * tirx.const(8, "int32")
+    return tirx.bitwise_and(tirx.shift_right(word, splat(shift, lanes)), splat(255, lanes))
+
+
+def pack_bytes(values: list[Expr], lanes: int) -> Expr:
+    """Four int32 vectors of 0..255 -> one vector of words, the first lowest."""
+    word = values[0]
+    for byte, value in enumerate(values[1:], 1):
+        word = tirx.bitwise_or(word, tirx.shift_left(value, splat(8 * byte, lanes)))
+    return word
+
+
+@contextmanager
+def loop(count: int, parallel: bool = False) -> Iterator[Expr]:
+    """A loop of ``count`` steps, over threads if ``parallel``; a single step is no loop."""
+    if count == 1:
+        yield tirx.const(0, "int32")
+    else:
+        with T.parallel(0, count) if parallel else T.serial(0, count) as i:
+            yield i
+
+
+def splat_word(byte: int) -> int:
+    """A word of four equal bytes, as a signed int32."""
+    return int.from_bytes(bytes([byte] * 4), "little", signed=True)
+
+
+def _index(offset: Expr | int) -> Expr:
+    return tirx.const(offset, "int32") if isinstance(offset, int) else offset

@@ -1,0 +1,125 @@
+"""Where the positions of a packed tensor lie.
+
+A packed tensor is ``[rows, P, 4]`` in uint8 (a row is four channels) or ``[rows, P, 1]`` in float32 (a row is one
+channel); ``P`` runs over *positions*: the pixels of a feature map with its padding in place, or the tokens of a
+sequence. One row of pixels and the next share the padding between them, and so do two images of a batch, so the
+whole plane is one run of positions in which a kernel tap is a constant shift.
+
+    position(n, h, w) = base + n * image + h * pitch + w
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+LANES = 16  # positions in the widest vector (512 bits of packed words); every plane is cut in multiples of it
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The placing of ``batch`` maps of ``height`` x ``width`` with at least this padding around each."""
+
+    batch: int
+    height: int
+    width: int
+    pad_h: int = 0
+    pad_w: int = 0
+
+    @classmethod
+    def of_tokens(cls, count: int) -> Geometry:
+        """``count`` positions side by side: the rows of a matrix product."""
+        return cls(1, 1, count)
+
+    @property
+    def pitch(self) -> int:
+        """Positions from a pixel to the one below it."""
+        return self.width + self.pad_w
+
+    @property
+    def image(self) -> int:
+        """Positions from an image of the batch to the next."""
+        return (self.height + self.pad_h) * self.pitch
+
+    @property
+    def base(self) -> int:
+        """The position of the first pixel, on a vector boundary."""
+        return _round_up(self.pad_h * self.pitch + self.pad_w)
+
+    @property
+    def span(self) -> int:
+        """Positions from the first pixel to the last, both included."""
+        return (self.batch - 1) * self.image + (self.height - 1) * self.pitch + self.width
+
+    @property
+    def positions(self) -> int:
+        """``P``: all that is allocated. A single position is not rounded up, so that a vector stays dense."""
+        if self.span == 1 and not self.is_padded:
+            return 1
+        return _round_up(self.base + _round_up(self.span) + self.pad_h * self.pitch + self.pad_w)
+
+    @property
+    def pixels(self) -> int:
+        """Positions that hold data."""
+        return self.batch * self.height * self.width
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the plane has positions that must hold the zero point."""
+        return self.pad_h > 0 or self.pad_w > 0
+
+    @cached_property
+    def pixel_positions(self) -> np.ndarray:
+        """The position of each pixel, int32 ``[batch, height, width]``."""
+        n, h, w = np.ogrid[: self.batch, : self.height, : self.width]
+        return np.asarray(self.base + n * self.image + h * self.pitch + w, dtype=np.int32)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """int32 ``[P]``: -1 where a pixel lies, 0 elsewhere."""
+        mask = np.zeros(self.positions, np.int32)
+        mask[self.pixel_positions.ravel()] = -1
+        return mask
+
+
+@dataclass(frozen=True)
+class Window:
+    """The taps of a convolution or pooling: kernel, stride, dilation and leading padding, as (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)  # above and to the left; what lies below and right follows from the output size
+
+    @property
+    def needs_planes(self) -> bool:
+        """Whether the input must first be split into stride phases."""
+        return self.stride != (1, 1)
+
+    def taps(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """For each kernel position, row by row: the stride phase it reads and its shift there, in output pixels."""
+        taps = []
+        for kh in range(self.kernel[0]):
+            for kw in range(self.kernel[1]):
+                h = kh * self.dilation[0] - self.padding[0]
+                w = kw * self.dilation[1] - self.padding[1]
+                taps.append(((h % self.stride[0], w % self.stride[1]), (h // self.stride[0], w // self.stride[1])))
+        return taps
+
+    def phases(self) -> list[tuple[int, int]]:
+        """The stride phases that some tap reads, in order."""
+        return sorted({phase for phase, _ in self.taps()})
+
+    def reach(self) -> tuple[int, int]:
+        """How far the taps reach beyond a pixel, in output pixels: the padding that the plane must have.
+
+        What is read to the right of the last column is the shared gap, and the next row's left padding.
+        """
+        shifts = [shift for _, shift in self.taps()]
+        return max(abs(h) for h, _ in shifts), max(abs(w) for _, w in shifts)
+
+
+def _round_up(value: int, step: int = LANES) -> int:
+    return -(-value // step) * step
