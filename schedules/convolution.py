@@ -18,31 +18,9 @@ from tvm.tirx.script.builder import ir as T
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD, Blocks
 from pumice.schedules.emit import Buffer, Expr
+from pumice.schedules.epilogue import Epilogue, centred_residual, finish
 from pumice.schedules.geometry import Geometry, Window
 from pumice.targets.isa import Isa
-
-
-@dataclass(frozen=True)
-class Residual:
-    """A second operand that is added before the activation; for int8 ``(r - zero_point) * multiplier``."""
-
-    multiplier: float = 1.0
-    zero_point: int = 0
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What happens to an accumulator before it is stored.
-
-    int8 to uint8: ``clamp(round_half_even(fma(acc, multiplier[n], residual)) + zero_point, low, high)``.
-    int8 to float32, float32 to float32: ``clamp(acc * multiplier[n] + residual, low, high)``.
-    """
-
-    output: str = "uint8"  # or float32
-    residual: Residual | None = None
-    zero_point: int = 0
-    low: float = 0
-    high: float = 255
 
 
 @dataclass(frozen=True)
@@ -83,17 +61,19 @@ def offsets(blocks: Blocks, window: Window, source: Geometry, target: Geometry) 
 
     ``source`` is laid out ``[words, phases, P]``: phases of the window's stride are rows of their own.
     """
-    phases = window.phases() if window.needs_planes else [(0, 0)]
-    taps = np.asarray(
-        [
-            phases.index(phase if window.needs_planes else (0, 0)) * source.positions + shift[0] * source.pitch + shift[1]
-            for phase, shift in window.taps()
-        ],
-        dtype=np.int64,
-    )
     tap, word = np.divmod(blocks.columns.astype(np.int64), blocks.words)
-    distance = word * (len(phases) * source.positions) + taps[tap] + (source.base - target.base)
-    return distance.astype(np.int32)
+    row = len(window.phases()) * source.positions
+    return (word * row + tap_offsets(window, source, target)[tap]).astype(np.int32)
+
+
+def tap_offsets(window: Window, source: Geometry, target: Geometry) -> np.ndarray:
+    """The same for each tap of ``window``, within one channel word: int64 ``[taps]``."""
+    phases = window.phases()
+    shifts = [
+        phases.index(phase) * source.positions + shift[0] * source.pitch + shift[1]
+        for phase, shift in window.taps()
+    ]
+    return np.asarray(shifts, np.int64) + (source.base - target.base)
 
 
 def convolution(work: Convolution, isa: Isa, name: str = "convolution") -> tirx.PrimFunc:
@@ -217,31 +197,19 @@ class _Emitter:
 
     def _finish(self, acc: Expr, quad: Expr, row: Expr, position: Expr) -> Expr:
         """The epilogue of one vector: requantized int32 0..255, or float32."""
-        work, lanes, epilogue = self.work, self.lanes, self.work.epilogue
+        is_int8 = self.work.dtype == "int8"
+        scale = emit.splat(self.multiplier[quad * QUAD + row], self.lanes) if is_int8 else None
         residual = self._residual(quad, row, position)
-        if work.dtype == "int8":
-            scale = emit.splat(self.multiplier[quad * QUAD + row], lanes)
-            value = emit.to_float(acc, lanes)
-            value = value * scale if residual is None else emit.fma(value, scale, residual, lanes)
-        else:
-            value = acc if residual is None else acc + residual
-        if epilogue.output == "uint8":
-            return emit.round_to_int(value, int(epilogue.low), int(epilogue.high), epilogue.zero_point, lanes)
-        if np.isfinite(epilogue.low):
-            value = tirx.max(value, emit.splat(float(epilogue.low), lanes, "float32"))
-        if np.isfinite(epilogue.high):
-            value = tirx.min(value, emit.splat(float(epilogue.high), lanes, "float32"))
-        return value
+        return finish(acc, scale, residual, self.work.epilogue, self.lanes)
 
     def _residual(self, quad: Expr, row: Expr, position: Expr) -> Expr | None:
-        spec, lanes, positions = self.work.epilogue.residual, self.lanes, self.work.target.positions
-        if spec is None:
+        lanes, positions = self.lanes, self.work.target.positions
+        if self.work.epilogue.residual is None:
             return None
         if self.work.epilogue.output == "float32":
             return emit.load(self.residual, (quad * QUAD + row) * positions + position, lanes)
         word = emit.load(self.residual, quad * positions + position, lanes)
-        centred = emit.byte_of(word, row, lanes) - emit.splat(spec.zero_point, lanes)
-        return emit.to_float(centred, lanes) * emit.splat(spec.multiplier, lanes, "float32")
+        return centred_residual(emit.byte_of(word, row, lanes), self.work.epilogue, lanes)
 
     def _masked(self, value: Expr, position: Expr, padding: float, dtype: str) -> Expr:
         """``value`` where a pixel lies, ``padding`` elsewhere."""

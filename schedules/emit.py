@@ -43,27 +43,33 @@ def words_of(buffer: Buffer, dtype: str = "int32") -> Buffer:
 
 def load(buffer: Buffer, offset: Expr, lanes: int) -> Expr:
     """``lanes`` neighbours of a flat buffer."""
-    return buffer[tirx.Ramp(_index(offset), tirx.const(1, "int32"), lanes)]
+    return buffer[_range(offset, lanes)]
 
 
 def store(buffer: Buffer, offset: Expr, value: Expr, lanes: int) -> None:
     """Write ``lanes`` neighbours of a flat buffer."""
-    T.buffer_store(buffer, value, [tirx.Ramp(_index(offset), tirx.const(1, "int32"), lanes)])
+    T.buffer_store(buffer, value, [_range(offset, lanes)])
 
 
 def splat(value: Expr | int | float, lanes: int, dtype: str = "int32") -> Expr:
     """One value in every lane."""
-    return tirx.Broadcast(tirx.const(value, dtype) if isinstance(value, int | float) else value, lanes)
+    scalar = tirx.const(value, dtype) if isinstance(value, int | float) else value
+    return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """The name of a vector type; one lane is a scalar."""
+    return f"{dtype}x{lanes}" if lanes > 1 else dtype
 
 
 def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
     """``a * b + c`` rounded once: explicit, so that every target gives the same float32."""
-    return llvm("llvm.fma", f"float32x{lanes}", a, b, c)
+    return llvm("llvm.fma", vector("float32", lanes), a, b, c)
 
 
 def to_float(value: Expr, lanes: int) -> Expr:
     """int32 -> float32, to nearest even."""
-    return tirx.Cast(f"float32x{lanes}", value)
+    return tirx.Cast(vector("float32", lanes), value)
 
 
 def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) -> Expr:
@@ -72,10 +78,9 @@ def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) 
     The clamp comes before the rounding: its bounds are integers, so that the two commute, and what is converted
     then always fits.
     """
-    dtype = f"float32x{lanes}"
     clamped = tirx.max(value, splat(float(low - zero_point), lanes, "float32"))
     clamped = tirx.min(clamped, splat(float(high - zero_point), lanes, "float32"))
-    rounded = tirx.Cast(f"int32x{lanes}", llvm("llvm.roundeven", dtype, clamped))
+    rounded = tirx.Cast(vector("int32", lanes), llvm("llvm.roundeven", vector("float32", lanes), clamped))
     return rounded + splat(zero_point, lanes) if zero_point else rounded
 
 
@@ -108,5 +113,17 @@ def splat_word(byte: int) -> int:
     return int.from_bytes(bytes([byte] * 4), "little", signed=True)
 
 
-def _index(offset: Expr | int) -> Expr:
-    return tirx.const(offset, "int32") if isinstance(offset, int) else offset
+def for_strips(length: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    """``body(offset, count)`` over ``length`` elements: whole vectors first, then the rest one by one."""
+    whole, rest = divmod(length, lanes)
+    if whole:
+        with loop(whole) as i:
+            body(i * lanes, lanes)
+    if rest:
+        with loop(rest) as i:
+            body(i + whole * lanes, 1)
+
+
+def _range(offset: Expr | int, lanes: int) -> Expr:
+    start = tirx.const(offset, "int32") if isinstance(offset, int) else offset
+    return tirx.Ramp(start, tirx.const(1, "int32"), lanes) if lanes > 1 else start

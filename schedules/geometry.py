@@ -93,11 +93,6 @@ class Window:
     dilation: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)  # above and to the left; what lies below and right follows from the output size
 
-    @property
-    def needs_planes(self) -> bool:
-        """Whether the input must first be split into stride phases."""
-        return self.stride != (1, 1)
-
     def taps(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """For each kernel position, row by row: the stride phase it reads and its shift there, in output pixels."""
         taps = []
@@ -112,13 +107,24 @@ class Window:
         """The stride phases that some tap reads, in order."""
         return sorted({phase for phase, _ in self.taps()})
 
-    def reach(self) -> tuple[int, int]:
-        """How far the taps reach beyond a pixel, in output pixels: the padding that the plane must have.
+    def reach(self, source: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+        """The padding (height, width) that the plane which the taps read must have, in output pixels.
 
-        What is read to the right of the last column is the shared gap, and the next row's left padding.
+        What lies right of a row's last column is also what lies left of the next row: where taps read real pixels
+        on the right and padding on the left, the gap must hold both.
         """
-        shifts = [shift for _, shift in self.taps()]
-        return max(abs(h) for h, _ in shifts), max(abs(w) for _, w in shifts)
+        return self._reach_along(0, source[0], target[0]), self._reach_along(1, source[1], target[1])
+
+    def _reach_along(self, axis: int, source: int, target: int) -> int:
+        shifts: dict[int, list[int]] = {}
+        for phase, shift in self.taps():
+            shifts.setdefault(phase[axis], []).append(shift[axis])
+        need = 0
+        for phase, along in shifts.items():
+            before, after = max(0, -min(along)), max(0, max(along))
+            reads_pixels_after = after > 0 and self.stride[axis] * target + phase < source
+            need = max(need, before + after if reads_pixels_after else max(before, after))
+        return need
 
 
 def _round_up(value: int, step: int = LANES) -> int:

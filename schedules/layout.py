@@ -1,0 +1,271 @@
+"""Into and out of the packed form, and from one plane to another.
+
+``pack`` reads a plain float32 tensor and writes ``[C/4, P, 4]`` uint8 (quantizing) or ``[C, P, 1]`` float32;
+``unpack`` is its inverse; ``planes`` splits a packed tensor into the stride phases that a strided window reads, or
+moves it to a plane with other padding. Maps are plain NCHW; tokens are plain ``[T, C]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from pumice.schedules import emit
+from pumice.schedules.emit import Buffer, Expr
+from pumice.schedules.geometry import Geometry, Window
+from pumice.targets.isa import Isa
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A plain float32 tensor of ``channels`` at the pixels of ``geometry``, and its packed form.
+
+    ``scale`` and ``zero_point`` are None for packed float32. ``tokens`` says that channels are innermost.
+    """
+
+    channels: int
+    geometry: Geometry
+    tokens: bool
+    scale: float | None = None
+    zero_point: int = 0
+    threads: int = 1
+
+    @property
+    def depth(self) -> int:
+        """Channels in a word."""
+        return 1 if self.scale is None else 4
+
+    @property
+    def rows(self) -> int:
+        """Rows of the packed tensor. Float rows come in quads like the rest, so that kernels can agree."""
+        return -(-self.channels // 4) * (4 // self.depth)
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int]:
+        """The packed tensor's shape."""
+        return self.rows, self.geometry.positions, self.depth
+
+    @property
+    def size(self) -> int:
+        """Elements of the plain tensor."""
+        return self.channels * self.geometry.pixels
+
+
+def pack(work: Packing, isa: Isa, name: str = "pack") -> tirx.PrimFunc:
+    """Arguments: x float32 ``[pixels * channels]`` flat; y packed. Padding is filled with the zero point."""
+
+    def body() -> None:
+        x = emit.argument("x", (work.size,), "float32")
+        y = _packed(emit.argument("y", work.packed_shape, "float32" if work.scale is None else "uint8"))
+        parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
+        if work.tokens and work.geometry.positions == work.geometry.pixels == 1:
+            _pack_vector(work, isa, x, y)
+            return
+        with emit.loop(work.rows, parallel) as row:
+            if work.geometry.is_padded:
+                _fill(work, isa, y, row)
+            (_pack_tokens if work.tokens else _pack_maps)(work, isa, x, y, row)
+
+    return emit.kernel(name, body)
+
+
+def unpack(work: Packing, isa: Isa, name: str = "unpack") -> tirx.PrimFunc:
+    """Arguments: x packed; y float32 ``[pixels * channels]`` flat. uint8 becomes ``(x - zero_point) * scale``."""
+
+    def body() -> None:
+        x = _packed(emit.argument("x", work.packed_shape, "float32" if work.scale is None else "uint8"))
+        y = emit.argument("y", (work.size,), "float32")
+        parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
+        with emit.loop(work.rows, parallel) as row:
+            for byte in range(work.depth):
+                channel = row * work.depth + byte
+                if work.channels % 4 == 0:
+                    _unpack_channel(work, isa, x, y, row, byte)
+                else:
+                    with T.If(channel < work.channels), T.Then():
+                        _unpack_channel(work, isa, x, y, row, byte)
+
+    return emit.kernel(name, body)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """``rows`` words of ``source`` pixels, split into the phases of ``window`` on planes like ``target``.
+
+    The result is ``[rows * phases, P of target, depth]``; what no pixel fills holds ``fill`` (a byte, or a float).
+    """
+
+    rows: int
+    source: Geometry
+    target: Geometry
+    window: Window
+    dtype: str  # uint8 or float32
+    fill: float
+    threads: int = 1
+
+    @property
+    def depth(self) -> int:
+        """Channels in a word."""
+        return 4 if self.dtype == "uint8" else 1
+
+
+def planes(work: Planes, isa: Isa, name: str = "planes") -> tirx.PrimFunc:
+    """Arguments: x ``[rows, P of source, depth]``; y ``[rows * phases, P of target, depth]``."""
+
+    def body() -> None:
+        phases = work.window.phases()
+        x = _packed(emit.argument("x", (work.rows, work.source.positions, work.depth), work.dtype))
+        y_shape = (work.rows * len(phases), work.target.positions, work.depth)
+        y = _packed(emit.argument("y", y_shape, work.dtype))
+        parallel = work.threads > 1 and work.rows * work.source.pixels > _PARALLEL_SIZE
+        with emit.loop(work.rows, parallel) as row:
+            for index, phase in enumerate(phases):
+                _one_plane(work, isa, x, y, row, (row * len(phases) + index) * work.target.positions, phase)
+
+    return emit.kernel(name, body)
+
+
+def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Expr, phase: tuple[int, int]) -> None:
+    word = emit.splat_word(int(work.fill)) if work.dtype == "uint8" else float(work.fill)
+    dtype = "int32" if work.dtype == "uint8" else "float32"
+    emit.for_strips(
+        work.target.positions, isa.lanes, lambda i, n: emit.store(y, out + i, emit.splat(word, n, dtype), n)
+    )
+    source, target, stride = work.source, work.target, work.window.stride
+    after = [max(s[axis] for p, s in work.window.taps() if p == phase) for axis in (0, 1)]
+    heights = min((source.height - 1 - phase[0]) // stride[0] + 1, target.height + max(0, after[0]))
+    widths = min((source.width - 1 - phase[1]) // stride[1] + 1, target.width + max(0, after[1]))
+    if heights <= 0 or widths <= 0:
+        return
+    with emit.loop(work.source.batch) as n, emit.loop(heights) as h:
+        from_ = row * source.positions + source.base + n * source.image + (h * stride[0] + phase[0]) * source.pitch
+        to = out + target.base + n * target.image + h * target.pitch
+        if stride[1] == 1:
+            emit.for_strips(
+                widths, isa.lanes, lambda i, k: emit.store(y, to + i, emit.load(x, from_ + phase[1] + i, k), k)
+            )
+        else:
+            with emit.loop(widths) as w:
+                T.buffer_store(y, x[from_ + w * stride[1] + phase[1]], [to + w])
+
+
+def _packed(buffer: Buffer) -> Buffer:
+    return emit.words_of(buffer, "float32" if str(buffer.dtype) == "float32" else "int32")
+
+
+def _fill(work: Packing, isa: Isa, y: Buffer, row: Expr) -> None:
+    value, dtype = (0.0, "float32") if work.scale is None else (emit.splat_word(work.zero_point), "int32")
+    positions = work.geometry.positions
+    emit.for_strips(
+        positions, isa.lanes, lambda i, n: emit.store(y, row * positions + i, emit.splat(value, n, dtype), n)
+    )
+
+
+def _quantize(work: Packing, value: Expr, lanes: int) -> Expr:
+    """``clamp(round_half_even(x / scale) + zero_point)``; a NaN becomes the zero point."""
+    assert work.scale is not None
+    scaled = value / emit.splat(work.scale, lanes, "float32")
+    number = tirx.Select(value == value, scaled, emit.splat(0.0, lanes, "float32"))
+    return emit.round_to_int(number, 0, 255, work.zero_point, lanes)
+
+
+def _pack_maps(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr) -> None:
+    """One packed row from NCHW: channels are read side by side along a row of pixels."""
+    geometry = work.geometry
+    plane = geometry.height * geometry.width
+
+    def strip(n: Expr, h: Expr, w: Expr, lanes: int) -> None:
+        values = []
+        for byte in range(work.depth):
+            channel = row * work.depth + byte
+            at = (n * work.channels + channel) * plane + h * geometry.width + w
+            zero = emit.splat(0.0, lanes, "float32")
+            if work.channels % 4:
+                at = tirx.min(at, tirx.const(work.size - lanes, "int32"))
+                inside = channel < work.channels
+                value = tirx.Select(emit.splat(inside, lanes), emit.load(x, at, lanes), zero)
+            else:
+                value = emit.load(x, at, lanes)
+            values.append(value if work.scale is None else _quantize(work, value, lanes))
+        word = values[0] if work.scale is None else emit.pack_bytes(values, lanes)
+        to = row * geometry.positions + geometry.base + n * geometry.image + h * geometry.pitch + w
+        emit.store(y, to, word, lanes)
+
+    with emit.loop(geometry.batch) as n, emit.loop(geometry.height) as h:
+        emit.for_strips(geometry.width, isa.lanes, lambda w, lanes: strip(n, h, w, lanes))
+
+
+def _pack_tokens(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr) -> None:
+    """One packed row from ``[T, C]``: the words of neighbouring channels, token after token."""
+    geometry = work.geometry
+    with emit.loop(geometry.pixels) as token:
+        to = row * geometry.positions + _token_position(geometry, token)
+        if work.scale is None:
+            channel = tirx.min(row, tirx.const(work.channels - 1, "int32"))
+            value = x[token * work.channels + channel]
+            T.buffer_store(y, tirx.Select(row < work.channels, value, tirx.const(0.0, "float32")), [to])
+        else:
+            _store_bytes(work, y, to, _four_channels(work, x, row, token))
+
+
+def _pack_vector(work: Packing, isa: Isa, x: Buffer, y: Buffer) -> None:
+    with emit.loop(work.rows) as row:
+        if work.scale is None:
+            channel = tirx.min(row, tirx.const(work.channels - 1, "int32"))
+            T.buffer_store(y, tirx.Select(row < work.channels, x[channel], tirx.const(0.0, "float32")), [row])
+        else:
+            _store_bytes(work, y, row, _four_channels(work, x, row, tirx.const(0, "int32")))
+
+
+def _four_channels(work: Packing, x: Buffer, row: Expr, token: Expr) -> Expr:
+    """float32x4: four neighbouring channels of a token, zero beyond the last."""
+    first = token * work.channels + row * 4
+    if work.channels % 4 == 0:
+        return emit.load(x, first, 4)
+    staged = T.alloc_buffer((4,), "float32", scope="local")
+    for byte in range(4):
+        inside = row * 4 + byte < work.channels
+        at = tirx.min(first + byte, tirx.const(work.size - 1, "int32"))
+        T.buffer_store(staged, tirx.Select(inside, x[at], tirx.const(0.0, "float32")), [byte])
+    return emit.load(staged, 0, 4)
+
+
+def _store_bytes(work: Packing, y: Buffer, to: Expr, channels: Expr) -> None:
+    as_bytes = tirx.Cast("uint8x4", _quantize(work, channels, 4))
+    T.buffer_store(y, tirx.reinterpret("int32", as_bytes), [to])
+
+
+def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, byte: int) -> None:
+    geometry = work.geometry
+    channel = row * work.depth + byte
+    plane = geometry.height * geometry.width
+
+    def strip(n: Expr, h: Expr, w: Expr, lanes: int) -> None:
+        at = row * geometry.positions + geometry.base + n * geometry.image + h * geometry.pitch + w
+        value = emit.load(x, at, lanes)
+        if work.scale is not None:
+            centred = emit.byte_of(value, byte, lanes) - emit.splat(work.zero_point, lanes)
+            value = emit.to_float(centred, lanes) * emit.splat(work.scale, lanes, "float32")
+        if work.tokens:
+            pixel = n * plane + h * geometry.width + w
+            to = tirx.Ramp(pixel * work.channels + channel, tirx.const(work.channels, "int32"), lanes)
+            T.buffer_store(y, value, [to if lanes > 1 else pixel * work.channels + channel])
+        else:
+            emit.store(y, (n * work.channels + channel) * plane + h * geometry.width + w, value, lanes)
+
+    with emit.loop(geometry.batch) as n, emit.loop(geometry.height) as h:
+        emit.for_strips(geometry.width, isa.lanes, lambda w, lanes: strip(n, h, w, lanes))
+
+
+def _token_position(geometry: Geometry, token: Expr) -> Expr:
+    """The position of pixel number ``token``, counted row by row."""
+    if geometry.height == 1 and geometry.batch == 1:
+        return token + geometry.base
+    plane = geometry.height * geometry.width
+    n, h, w = token // plane, (token % plane) // geometry.width, token % geometry.width
+    return geometry.base + n * geometry.image + h * geometry.pitch + w
+
+
+_PARALLEL_SIZE = 100_000  # elements below which waking the other threads costs more than it saves
