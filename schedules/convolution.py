@@ -222,7 +222,8 @@ class _Emitter:
         """Padding before the first and after the last tile, written by these two."""
         work, lanes = self.work, self.lanes
         packed = work.epilogue.output == "uint8"
-        filler = emit.splat(emit.splat_word(work.epilogue.zero_point), lanes) if packed else emit.splat(0.0, lanes, "float32")
+        padding, dtype = (emit.splat_word(work.epilogue.zero_point), "int32") if packed else (0.0, "float32")
+        filler = emit.splat(padding, lanes, dtype)
         end = work.target.base + self.vectors * lanes
         for rows in range(1 if packed else QUAD):
             row = quad * work.target.positions if packed else (quad * QUAD + rows) * work.target.positions

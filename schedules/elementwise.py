@@ -34,7 +34,7 @@ def add(work: Add, isa: Isa, name: str = "add") -> tirx.PrimFunc:
 
     def body() -> None:
         shape = (work.words, 4)
-        a, b, y = (emit.words_of(emit.argument(n, shape, "uint8")) for n in ("a", "b", "y"))
+        a, b, y = emit.arguments(a=(shape, "uint8"), b=(shape, "uint8"), y=(shape, "uint8"))
 
         def centred(word: emit.Expr, byte: int, zero_point: int, lanes: int) -> emit.Expr:
             return emit.to_float(emit.byte_of(word, byte, lanes) - emit.splat(zero_point, lanes), lanes)

@@ -23,7 +23,8 @@ def kernel(name: str, body: Callable[[], None]) -> tirx.PrimFunc:
     """The PrimFunc called ``name`` whose arguments and statements ``body`` declares."""
     with IRBuilder() as builder, T.prim_func(is_private=True):
         T.func_name(name)
-        T.func_attr({"tirx.noalias": True})
+        # 8 is "opaque": FuseOps leaves the kernel alone.
+        T.func_attr({"tirx.noalias": True, "op_pattern": 8})
         body()
     return builder.get()
 
@@ -31,6 +32,13 @@ def kernel(name: str, body: Callable[[], None]) -> tirx.PrimFunc:
 def argument(name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
     """The next argument of the kernel."""
     return T.arg(name, T.buffer(shape, dtype))
+
+
+def arguments(**specs: tuple[tuple[int, ...], str]) -> list[Buffer]:
+    """All arguments of a kernel, as flat views in 4-byte elements: words of bytes as int32, the others as they are."""
+    declared = [argument(name, shape, dtype) for name, (shape, dtype) in specs.items()]
+    kinds = [dtype if dtype in ("float32", "int32") else "int32" for _, dtype in specs.values()]
+    return [words_of(buffer, kind) for buffer, kind in zip(declared, kinds, strict=True)]
 
 
 def words_of(buffer: Buffer, dtype: str = "int32") -> Buffer:

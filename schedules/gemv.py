@@ -15,8 +15,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
-from pumice.schedules.epilogue import Epilogue, centred_residual, finish
 from pumice.schedules.emit import Buffer, Expr
+from pumice.schedules.epilogue import Epilogue, centred_residual, finish
 from pumice.targets.isa import Isa
 
 UNROLL = 4  # independent accumulators: they hide the latency of the product
@@ -111,9 +111,8 @@ class _Emitter:
         with emit.loop(self.slices, parallel) as which:
             acc = T.alloc_buffer((UNROLL * lanes,), self.acc_dtype, scope="local")
             for u in range(UNROLL):
-                zero = 0 if work.dtype == "int8" else 0.0
-                first = emit.load(self.bias, which * lanes, lanes) if u == 0 else emit.splat(zero, lanes, self.acc_dtype)
-                emit.store(acc, u * lanes, first, lanes)
+                zero = emit.splat(0 if work.dtype == "int8" else 0.0, lanes, self.acc_dtype)
+                emit.store(acc, u * lanes, emit.load(self.bias, which * lanes, lanes) if u == 0 else zero, lanes)
             self._accumulate(acc, which)
             total = emit.load(acc, 0, lanes)
             for u in range(1, UNROLL):

@@ -33,6 +33,12 @@ class Geometry:
         """``count`` positions side by side: the rows of a matrix product."""
         return cls(1, 1, count)
 
+    def normalized(self) -> Geometry:
+        """The same places by their usual name: a batch of single pixels lies like tokens."""
+        if self.height == self.width == 1 and not self.is_padded:
+            return Geometry.of_tokens(self.batch)
+        return self
+
     @property
     def pitch(self) -> int:
         """Positions from a pixel to the one below it."""

@@ -57,8 +57,9 @@ def pack(work: Packing, isa: Isa, name: str = "pack") -> tirx.PrimFunc:
     """Arguments: x float32 ``[pixels * channels]`` flat; y packed. Padding is filled with the zero point."""
 
     def body() -> None:
-        x = emit.argument("x", (work.size,), "float32")
-        y = _packed(emit.argument("y", work.packed_shape, "float32" if work.scale is None else "uint8"))
+        x, y = emit.arguments(
+            x=((work.size,), "float32"), y=(work.packed_shape, "float32" if work.scale is None else "uint8")
+        )
         parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
         if work.tokens and work.geometry.positions == work.geometry.pixels == 1:
             _pack_vector(work, isa, x, y)
@@ -75,8 +76,9 @@ def unpack(work: Packing, isa: Isa, name: str = "unpack") -> tirx.PrimFunc:
     """Arguments: x packed; y float32 ``[pixels * channels]`` flat. uint8 becomes ``(x - zero_point) * scale``."""
 
     def body() -> None:
-        x = _packed(emit.argument("x", work.packed_shape, "float32" if work.scale is None else "uint8"))
-        y = emit.argument("y", (work.size,), "float32")
+        x, y = emit.arguments(
+            x=(work.packed_shape, "float32" if work.scale is None else "uint8"), y=((work.size,), "float32")
+        )
         parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
         with emit.loop(work.rows, parallel) as row:
             for byte in range(work.depth):
@@ -86,6 +88,28 @@ def unpack(work: Packing, isa: Isa, name: str = "unpack") -> tirx.PrimFunc:
                 else:
                     with T.If(channel < work.channels), T.Then():
                         _unpack_channel(work, isa, x, y, row, byte)
+
+    return emit.kernel(name, body)
+
+
+def quantize_packed(work: Packing, isa: Isa, name: str = "quantize") -> tirx.PrimFunc:
+    """Packed float32 to packed uint8 on the same plane: four rows become one.
+
+    Arguments: x float32 ``[4 * rows, P, 1]``; y uint8 ``[rows, P, 4]``. Zeros in the padding become the zero point.
+    """
+
+    def body() -> None:
+        positions = work.geometry.positions
+        x, y = emit.arguments(x=((work.rows * 4, positions, 1), "float32"), y=(work.packed_shape, "uint8"))
+
+        def strip(row: Expr, at: Expr, lanes: int) -> None:
+            loaded = [emit.load(x, (row * 4 + byte) * positions + at, lanes) for byte in range(4)]
+            values = [_quantize(work, value, lanes) for value in loaded]
+            emit.store(y, row * positions + at, emit.pack_bytes(values, lanes), lanes)
+
+        parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
+        with emit.loop(work.rows, parallel) as row:
+            emit.for_strips(positions, isa.lanes, lambda at, lanes: strip(row, at, lanes))
 
     return emit.kernel(name, body)
 
@@ -116,9 +140,10 @@ def planes(work: Planes, isa: Isa, name: str = "planes") -> tirx.PrimFunc:
 
     def body() -> None:
         phases = work.window.phases()
-        x = _packed(emit.argument("x", (work.rows, work.source.positions, work.depth), work.dtype))
-        y_shape = (work.rows * len(phases), work.target.positions, work.depth)
-        y = _packed(emit.argument("y", y_shape, work.dtype))
+        x, y = emit.arguments(
+            x=((work.rows, work.source.positions, work.depth), work.dtype),
+            y=((work.rows * len(phases), work.target.positions, work.depth), work.dtype),
+        )
         parallel = work.threads > 1 and work.rows * work.source.pixels > _PARALLEL_SIZE
         with emit.loop(work.rows, parallel) as row:
             for index, phase in enumerate(phases):
@@ -149,10 +174,6 @@ def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Exp
         else:
             with emit.loop(widths) as w:
                 T.buffer_store(y, x[from_ + w * stride[1] + phase[1]], [to + w])
-
-
-def _packed(buffer: Buffer) -> Buffer:
-    return emit.words_of(buffer, "float32" if str(buffer.dtype) == "float32" else "int32")
 
 
 def _fill(work: Packing, isa: Isa, y: Buffer, row: Expr) -> None:
@@ -249,9 +270,9 @@ def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, by
             centred = emit.byte_of(value, byte, lanes) - emit.splat(work.zero_point, lanes)
             value = emit.to_float(centred, lanes) * emit.splat(work.scale, lanes, "float32")
         if work.tokens:
-            pixel = n * plane + h * geometry.width + w
-            to = tirx.Ramp(pixel * work.channels + channel, tirx.const(work.channels, "int32"), lanes)
-            T.buffer_store(y, value, [to if lanes > 1 else pixel * work.channels + channel])
+            to = (n * plane + h * geometry.width + w) * work.channels + channel
+            index = tirx.Ramp(to, tirx.const(work.channels, "int32"), lanes) if lanes > 1 else to
+            T.buffer_store(y, value, [index])
         else:
             emit.store(y, (n * work.channels + channel) * plane + h * geometry.width + w, value, lanes)
 

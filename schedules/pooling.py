@@ -18,7 +18,7 @@ from pumice.targets.isa import Isa, llvm
 class Pooling:
     """A window over each channel; ``offsets`` are those of its taps, as for a convolution.
 
-    Arguments: x ``[rows * phases, P of source, depth]``; mask int32 ``[P]`` (padded target only); y ``[rows, P, depth]``.
+    Arguments: x ``[rows * phases, P of source, depth]``; mask int32 ``[P]`` (padded target only); y likewise.
     For ``average`` in uint8: ``round_half_even(float(sum of (x - zero_point)) * multiplier) + output_zero_point``; in
     float32 ``sum * multiplier``. For ``maximum`` the numbers stay as they are, and must be at least ``fill``.
     """
@@ -135,8 +135,10 @@ def global_average(work: GlobalAverage, isa: Isa, name: str = "global_average") 
     def body() -> None:
         word = "int32" if work.dtype == "uint8" else "float32"
         source, target = work.source, work.target
-        x = emit.words_of(emit.argument("x", (work.rows, source.positions, work.depth), work.dtype), word)
-        y = emit.words_of(emit.argument("y", (work.rows, target.positions, work.depth), work.dtype), word)
+        x, y = emit.arguments(
+            x=((work.rows, source.positions, work.depth), work.dtype),
+            y=((work.rows, target.positions, work.depth), work.dtype),
+        )
         count = (source.height - 1) * source.pitch + source.width
         with emit.loop(work.rows) as row:
             if target.is_padded:

@@ -1,0 +1,189 @@
+"""What one packed kernel does: a layer with its bias, residual add, activation and requantization.
+
+    conv2d(x, w) -> add(bias) -> [add(other)] -> [relu | clip] -> [quantize]   ==>   one Fused
+
+The chain is followed as far as each value has a single reader. In the quantized form the convolution's own
+quantize -> dequantize before a residual add is dropped: the sum is then rounded once instead of twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from tvm import relax
+from tvm.ir import IRModule
+
+from pumice.module import weights_of
+from pumice.passes.dataflow import Dataflow
+from pumice.passes.layers import Layer, find_layers
+from pumice.passes.numpy_operators import plain
+from pumice.passes.rewriting import shape_of
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Affine uint8: ``value = (stored - zero_point) * scale``."""
+
+    scale: float
+    zero_point: int
+
+    def store(self, value: float) -> int:
+        """``value`` in stored units, saturated: 0..255."""
+        return int(np.clip(np.rint(np.clip(value / self.scale, -1e6, 1e6)) + self.zero_point, 0, 255))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One layer and what its kernel does besides. ``quant`` is the output's; None where it is float32."""
+
+    layer: Layer
+    input_quant: Quant | None  # None: the layer computes in float32
+    result: relax.Var
+    members: tuple[relax.Var, ...]  # every variable that the kernel makes superfluous, the result included
+    bias: np.ndarray | None = None
+    residual: relax.Var | None = None
+    low: float = float("-inf")
+    high: float = float("inf")
+    quant: Quant | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a kernel exists for the chain so far: an int8 residual add must end in a quantize."""
+        return self.residual is None or self.input_quant is None or self.quant is not None
+
+
+class Graph:
+    """``main`` with the values of its weights: what the lowering asks of it."""
+
+    def __init__(self, mod: IRModule) -> None:
+        self.flow = Dataflow(mod)
+        self.layers = find_layers(mod)
+        self._weights = weights_of(mod)
+
+    def array(self, expr: relax.Expr) -> np.ndarray | None:
+        """The value of a weight or constant, None for what is computed."""
+        if isinstance(expr, relax.Var):
+            return self._weights.get(expr.name) if expr in self.flow.weights else None
+        value = plain(expr)
+        return value if isinstance(value, np.ndarray) else None
+
+    def quant(self, call: relax.Call) -> Quant | None:
+        """The parameters of a per-tensor 8-bit quantize or dequantize, moved to uint8; None for any other."""
+        scale, zero_point = self.array(call.args[1]), self.array(call.args[2])
+        dtype = str(call.ty.dtype) if self.name(call) == "quantize" else str(call.args[0].ty.dtype)
+        if scale is None or zero_point is None or scale.size != 1 or zero_point.size != 1:
+            return None
+        if dtype not in ("uint8", "int8"):
+            return None
+        return Quant(float(scale.ravel()[0]), int(zero_point.ravel()[0]) + (128 if dtype == "int8" else 0))
+
+    def dequantized(self, var: relax.Expr) -> Quant | None:
+        """The parameters by which ``var`` was dequantized, if that is what computed it."""
+        if self.flow.op(var) != "dequantize" or self.flow.value[var].args[0] not in self.flow.activations:
+            return None
+        return self.quant(self.flow.value[var])
+
+    @staticmethod
+    def name(call: relax.Call) -> str:
+        """The operator's name without ``relax.``."""
+        return str(call.op.name).removeprefix("relax.")
+
+    def weight_zero_point(self, layer: Layer) -> np.ndarray | None:
+        """The zero points that the layer's weight is dequantized with."""
+        return self.array(self.flow.value[layer.call.args[1]].args[2])
+
+
+def fuse(graph: Graph) -> list[Fused]:
+    """The chains of all layers; no variable is in two of them."""
+    taken: set[relax.Var] = set()
+    chains = []
+    for layer in graph.layers:
+        chain = _follow(graph, layer, taken)
+        taken.update(chain.members)
+        chains.append(chain)
+    return chains
+
+
+def _follow(graph: Graph, layer: Layer, taken: set[relax.Var]) -> Fused:
+    flow = graph.flow
+    is_int8 = layer.weight_scale is not None
+    chain = Fused(layer, graph.dequantized(layer.data) if is_int8 else None, layer.var, (layer.var,))
+    biased = flow.biased(layer.var)
+    if biased is not layer.var:
+        bias = _bias(graph, layer, biased)
+        if bias is None:
+            return chain
+        chain = _grow(chain, biased, bias=bias)
+    best = chain
+    while (longer := _step(graph, chain, taken)) is not None:
+        chain = longer
+        best = chain if chain.is_complete else best
+    return best
+
+
+def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
+    """``chain`` with the reader of its result, or None where it ends."""
+    flow = graph.flow
+    user = flow.only_user(chain.result)
+    if user is None or user in taken:
+        return None
+    if chain.quant is not None:
+        return _through_rounding(graph, chain, user, taken)
+    call, operator = flow.value[user], flow.op(user)
+    if operator == "nn.relu":
+        return _grow(chain, user, low=max(chain.low, 0.0))
+    if operator == "clip":
+        low, high = (float(plain(bound)) for bound in call.args[1:3])
+        return _grow(chain, user, low=max(chain.low, low), high=min(max(chain.high, low), high))
+    if operator == "quantize" and chain.input_quant is not None:
+        quant = graph.quant(call)
+        return None if quant is None else _grow(chain, user, quant=quant)
+    if operator == "add":
+        return _add_residual(graph, chain, user, chain.result)
+    return None
+
+
+def _through_rounding(graph: Graph, chain: Fused, user: relax.Var, taken: set[relax.Var]) -> Fused | None:
+    """quantize -> dequantize -> add: the add happens in the accumulator's precision instead."""
+    if graph.flow.op(user) != "dequantize":
+        return None
+    total = graph.flow.only_user(user)
+    if total is None or total in taken or graph.flow.op(total) != "add":
+        return None
+    unrounded = replace(_grow(chain, user), quant=None)
+    return _add_residual(graph, unrounded, total, user)
+
+
+def _add_residual(graph: Graph, chain: Fused, total: relax.Var, mine: relax.Var) -> Fused | None:
+    operands = list(graph.flow.value[total].args)
+    others = [operand for operand in operands if not operand.same_as(mine)]
+    is_activated = np.isfinite(chain.low) or np.isfinite(chain.high)
+    if chain.residual is not None or is_activated or len(others) != 1 or others[0] not in graph.flow.activations:
+        return None
+    other = others[0]
+    if shape_of(other) != shape_of(total) or shape_of(mine) != shape_of(total):
+        return None
+    if chain.input_quant is None and chain.layer.operator != "conv2d":  # float tokens would have to be packed for it
+        return None
+    if chain.input_quant is not None and graph.dequantized(other) is None:
+        return None
+    return _grow(chain, total, residual=other)
+
+
+def _grow(chain: Fused, user: relax.Var, **changes: object) -> Fused:
+    return replace(chain, result=user, members=(*chain.members, user), **changes)  # type: ignore[arg-type]
+
+
+def _bias(graph: Graph, layer: Layer, biased: relax.Var) -> np.ndarray | None:
+    """float32 ``[N]``, or None where what is added is not one number a channel."""
+    others = [operand for operand in graph.flow.value[biased].args if not operand.same_as(layer.var)]
+    value = graph.array(others[0]) if len(others) == 1 else None
+    if value is None:
+        return None
+    axis = 1 if layer.operator == "conv2d" else len(shape_of(layer.var)) - 1
+    channels = shape_of(layer.var)[axis]
+    shape = [1] * (len(shape_of(layer.var)) - value.ndim) + list(value.shape)
+    if any(extent != 1 for i, extent in enumerate(shape) if i != axis):
+        return None
+    return np.broadcast_to(value.astype(np.float32).ravel(), (channels,))

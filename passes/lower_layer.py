@@ -1,0 +1,235 @@
+"""Lowering one layer, with what is fused to it, to a kernel call: weights as blocks, offsets, folded numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pumice.passes.choose_kernel import Choice, choose_blocks, choose_slices
+from pumice.passes.fusion import Fused
+from pumice.passes.layers import Layer
+from pumice.passes.packed import Builder, Packed, plane_of, window_of
+from pumice.passes.rewriting import shape_of
+from pumice.record import LayerRecord
+from pumice.schedules.blocks import Blocks, expand_groups
+from pumice.schedules.convolution import Convolution, convolution, offsets
+from pumice.schedules.epilogue import Epilogue, Residual
+from pumice.schedules.gemv import Gemv, Slices, gemv
+from pumice.schedules.geometry import Geometry, Window
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The layer's numbers as its kernel takes them, for each output channel.
+
+    rows: int8 or float32 ``[N, taps, C]``, groups expanded
+    bias: int32 or float32 ``[N]``; multiplier: float32 ``[N]``, None for float32
+    """
+
+    rows: np.ndarray
+    bias: np.ndarray
+    multiplier: np.ndarray | None
+
+    @property
+    def dtype(self) -> str:
+        """The data type of the multiplication."""
+        return str(self.rows.dtype)
+
+
+def lower_layer(builder: Builder, chain: Fused) -> bool:
+    """Emit the kernel of ``chain``; False, with the reason in the record, where there is none."""
+    layer = chain.layer
+    record = builder.records.setdefault(layer.name, _new_record(layer))
+    numbers = _numbers(builder, chain, record)
+    if numbers is None:
+        return False
+    source = builder.packed(layer.data) if chain.input_quant else builder.packed_float(layer.data)
+    if source is None or source.quant != chain.input_quant:
+        record.kernel = "tvm"
+        record.reason = "its input is quantized in a way that has no packed form; runs as a float operator"
+        return False
+    window, target = _placing(builder, layer, source)
+    source = builder.move(source, target, window)
+    residual = _residual(builder, chain, target)
+    epilogue = _epilogue(chain, residual)
+    one_position = target.positions == 1 and source.geometry.positions == 1
+    choice = choose_slices(numbers.rows, builder.isa) if one_position else choose_blocks(numbers.rows, builder.isa)
+    if isinstance(choice.weight, Slices):
+        expr = _emit_gemv(builder, layer, source, numbers, choice.weight, epilogue, residual)
+    else:
+        expr = _emit_convolution(builder, layer, source, target, window, numbers, choice.weight, epilogue, residual)
+    channels = plane_of(layer.var)[1]
+    builder.define(chain.result, Packed(expr, channels, target.normalized(), chain.quant))
+    _note(record, choice, numbers)
+    return True
+
+
+def _placing(builder: Builder, layer: Layer, source: Packed) -> tuple[Window, Geometry]:
+    """The layer's taps, and where its output lies."""
+    if layer.operator == "linear":
+        return Window((1, 1)), source.geometry
+    kernel = shape_of(layer.weight)[2:]
+    window = window_of(layer.call, (int(kernel[0]), int(kernel[1])))
+    return window, builder.target_geometry(layer.data, layer.var, window)
+
+
+def _emit_convolution(
+    builder: Builder,
+    layer: Layer,
+    source: Packed,
+    target: Geometry,
+    window: Window,
+    numbers: Numbers,
+    blocks: Blocks,
+    epilogue: Epilogue,
+    residual: Packed | None,
+) -> object:
+    places = offsets(blocks, window, source.geometry, target)
+    work = Convolution(
+        dtype=numbers.dtype,
+        source_rows=source.rows,
+        rows=blocks.rows,
+        source=source.geometry,
+        target=target,
+        blocks=int(blocks.data.shape[0]),
+        columns=len(places),
+        shared=blocks.shared,
+        is_dense=blocks.is_dense,
+        epilogue=epilogue,
+        threads=builder.threads,
+    )
+    arguments = [
+        source.expr,
+        builder.constant(f"{layer.name}.blocks", blocks.data),
+        builder.constant(f"{layer.name}.offsets", places),
+    ]
+    if blocks.starts is not None:
+        arguments.append(builder.constant(f"{layer.name}.starts", blocks.starts))
+    arguments += _per_channel(builder, layer, numbers, blocks.rows)
+    arguments += [residual.expr] if residual is not None else []
+    arguments += builder.mask(target)
+    shape = _output_shape(epilogue, blocks.rows, target.positions)
+    return builder.call(work, convolution, arguments, shape, epilogue.output, name=f"layer_{layer.name}")
+
+
+def _emit_gemv(
+    builder: Builder,
+    layer: Layer,
+    source: Packed,
+    numbers: Numbers,
+    slices: Slices,
+    epilogue: Epilogue,
+    residual: Packed | None,
+) -> object:
+    rows = -(-len(numbers.rows) // 4) * 4
+    work = Gemv(
+        numbers.dtype, slices.words, rows, slices.work, slices.starts is None, epilogue, builder.threads
+    )
+    if source.rows > slices.words:  # float rows are stored in quads: whole words of zeros at the end
+        work = Gemv(numbers.dtype, source.rows, rows, slices.work, slices.starts is None, epilogue, builder.threads)
+    arguments = [source.expr, builder.constant(f"{layer.name}.blocks", slices.data)]
+    if slices.columns is not None and slices.starts is not None:
+        arguments.append(builder.constant(f"{layer.name}.columns", slices.columns))
+        arguments.append(builder.constant(f"{layer.name}.starts", slices.starts))
+    lanes = builder.isa.lanes
+    arguments += _per_channel(builder, layer, numbers, -(-rows // lanes) * lanes)
+    arguments += [residual.expr] if residual is not None else []
+    shape = _output_shape(epilogue, rows, 1)
+    return builder.call(work, gemv, arguments, shape, epilogue.output, name=f"layer_{layer.name}")
+
+
+def _output_shape(epilogue: Epilogue, rows: int, positions: int) -> tuple[int, int, int]:
+    return (rows // 4, positions, 4) if epilogue.output == "uint8" else (rows, positions, 1)
+
+
+def _per_channel(builder: Builder, layer: Layer, numbers: Numbers, rows: int) -> list[object]:
+    pad = rows - len(numbers.bias)
+    arguments = [builder.constant(f"{layer.name}.bias_packed", np.pad(numbers.bias, (0, pad)))]
+    if numbers.multiplier is not None:
+        arguments.append(builder.constant(f"{layer.name}.multiplier", np.pad(numbers.multiplier, (0, pad))))
+    return arguments
+
+
+def _residual(builder: Builder, chain: Fused, target: Geometry) -> Packed | None:
+    if chain.residual is None:
+        return None
+    value = builder.packed(chain.residual) if chain.input_quant else builder.packed_float(chain.residual)
+    if value is None:
+        value = builder.packed_float(chain.residual)
+    return builder.move(value, target, Window((1, 1)))
+
+
+def _epilogue(chain: Fused, residual: Packed | None) -> Epilogue:
+    out = chain.quant
+    if out is None:
+        return Epilogue("float32", Residual() if residual else None, 0, chain.low, chain.high)
+    spec = None
+    if residual is not None and residual.quant is not None:
+        spec = Residual(float(np.float32(residual.quant.scale / out.scale)), residual.quant.zero_point)
+    return Epilogue("uint8", spec, out.zero_point, out.store(chain.low), out.store(chain.high))
+
+
+def _numbers(builder: Builder, chain: Fused, record: LayerRecord) -> Numbers | None:
+    """Weight, bias and multiplier; None, with the reason in ``record``, where int8 would not be exact."""
+    layer = chain.layer
+    weight = builder.graph.array(layer.weight)
+    if weight is None:
+        record.kernel, record.reason = "tvm", "its weight is computed at run time"
+        return None
+    groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
+    channels = plane_of(layer.var)[1]
+    bias = np.zeros(channels, np.float32) if chain.bias is None else chain.bias
+    if layer.weight_scale is None:
+        if weight.dtype != np.float32:
+            record.kernel, record.reason = "tvm", f"its weight is {weight.dtype}"
+            return None
+        return Numbers(expand_groups(layer.to_rows(weight), groups), bias.astype(np.float32), None)
+    scale = builder.graph.array(layer.weight_scale)
+    zero_point = builder.graph.weight_zero_point(layer)
+    if scale is None or zero_point is None or weight.dtype != np.int8 or zero_point.any():
+        record.kernel = "tvm"
+        record.reason = "its weight is not int8 with zero point 0: runs as a float operator"
+        return None
+    rows = layer.to_rows(weight)
+    per_channel = np.broadcast_to(scale.astype(np.float64).ravel(), (channels,))
+    if chain.input_quant is None:
+        record.dtype = "float32"
+        record.reason = record.reason or "its input is not quantized"
+        floats = (rows * per_channel[:, None, None]).astype(np.float32)
+        return Numbers(expand_groups(floats, groups), bias.astype(np.float32), None)
+    return _int8_numbers(chain, rows, per_channel, bias, groups, record)
+
+
+def _int8_numbers(
+    chain: Fused, rows: np.ndarray, scale: np.ndarray, bias: np.ndarray, groups: int, record: LayerRecord
+) -> Numbers | None:
+    """``acc + bias_q`` where ``bias_q = round(bias / (sx * sw)) - zx * sum(w)``: the input's zero point folded in."""
+    assert chain.input_quant is not None
+    quant = chain.input_quant
+    product = quant.scale * scale
+    wide = rows.astype(np.int64)
+    folded = np.rint(bias.astype(np.float64) / product) - quant.zero_point * wide.sum(axis=(1, 2))
+    worst = np.abs(folded) + 255 * np.maximum(wide.clip(min=0).sum(axis=(1, 2)), -wide.clip(max=0).sum(axis=(1, 2)))
+    if not np.isfinite(folded).all() or (worst >= 2**31).any():
+        record.kernel = "tvm"
+        record.reason = "its int32 accumulator could overflow: runs as a float operator"
+        return None
+    output = 1.0 if chain.quant is None else chain.quant.scale
+    multiplier = (product / output).astype(np.float32)
+    record.dtype = "int8"
+    return Numbers(expand_groups(rows, groups), folded.astype(np.int32), multiplier)
+
+
+def _new_record(layer: Layer) -> LayerRecord:
+    shape = shape_of(layer.weight)
+    return LayerRecord(layer.name, layer.operator, layer.weight.name, shape, layer.macs)
+
+
+def _note(record: LayerRecord, choice: Choice, numbers: Numbers) -> None:
+    record.kernel = choice.kernel
+    record.compiled_bytes = choice.weight.nbytes + numbers.bias.nbytes
+    record.compiled_bytes += 0 if numbers.multiplier is None else numbers.multiplier.nbytes
+    record.reason = f"{record.reason}; {choice.reason}" if record.reason else choice.reason
+
+

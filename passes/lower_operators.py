@@ -1,0 +1,298 @@
+"""Rules for what runs between layers: each takes a binding and keeps its value packed, or declines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tvm import relax
+
+from pumice.passes.dataflow import substitute
+from pumice.passes.elementwise_table import table_of
+from pumice.passes.fusion import Quant
+from pumice.passes.numpy_operators import plain
+from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
+from pumice.passes.rewriting import shape_of
+from pumice.schedules.convolution import tap_offsets
+from pumice.schedules.elementwise import Add, add, lookup
+from pumice.schedules.geometry import Geometry
+from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
+
+Rule = Callable[[Builder, relax.Var, relax.Call], bool]
+
+
+def _quantize(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """A quantize: nothing if the value already is so, a table, a packed conversion, or packing."""
+    quant = builder.graph.quant(call)
+    source = call.args[0]
+    if quant is None or not isinstance(source, relax.Var) or len(shape_of(source)) < 2 or len(shape_of(source)) > 4:
+        return False
+    value = builder.packed(source)
+    if value is not None and value.quant == quant:
+        builder.define(var, value)
+        return True
+    found = table_of(builder, source, quant)
+    if found is not None:
+        builder.define(var, _look_up(builder, *found, quant))
+    elif value is not None and value.quant is None:
+        builder.define(var, builder.quantize(value, quant))
+    else:
+        builder.define(var, builder.pack(source, quant))
+    return True
+
+
+def _look_up(builder: Builder, value: Packed, table: np.ndarray, quant: Quant) -> Packed:
+    words = value.rows * value.geometry.positions
+    assert value.quant is not None
+    flat = builder.emit(relax.op.reshape(value.expr, (words, 4)), "words")
+    constant = builder.constant(f"table {table.tobytes().hex()}", table)
+    looked_up = builder.call(("lookup", words), lookup, [flat, constant], (words, 4), "uint8", work=words)
+    shape = (value.rows, value.geometry.positions, 4)
+    expr = builder.emit(relax.op.reshape(looked_up, shape), "looked_up")
+    result = Packed(expr, value.channels, value.geometry, quant)
+    if value.geometry.is_padded and table[value.quant.zero_point] != quant.zero_point:
+        return builder.repad(result)
+    return result
+
+
+def _dequantize(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    value = builder.packed(call.args[0])
+    if value is not None:
+        builder.define(var, value)
+        return True
+    if call.args[0] in builder.graph.flow.weights:
+        builder.set_lazy(var, call)
+        return True
+    return False
+
+
+def _max_pool(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    value = builder.packed(call.args[0])
+    if value is None or not is_map(var) or not _is_plain_pool(call):
+        return False
+    fill = 0.0 if value.quant is not None else float(np.finfo(np.float32).min)
+    return _pool(builder, var, call, value, "maximum", value.quant, fill)
+
+
+def _avg_pool(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    value = builder.packed(call.args[0])
+    if value is None or not is_map(var) or not _is_plain_pool(call) or call.attrs.ceil_mode:
+        return False
+    if any(int(p) for p in call.attrs.padding) and not call.attrs.count_include_pad:
+        return False
+    quant = None if value.quant is None else next_quant(builder, var)
+    if value.quant is not None and quant is None:
+        return False
+    fill = 0.0 if value.quant is None else float(value.quant.zero_point)
+    return _pool(builder, var, call, value, "average", quant, fill)
+
+
+def _pool(
+    builder: Builder, var: relax.Var, call: relax.Call, value: Packed, kind: str, quant: Quant | None, fill: float
+) -> bool:
+    kernel = [int(extent) for extent in call.attrs.pool_size]
+    window = window_of(call, (kernel[0], kernel[-1]))
+    target = builder.target_geometry(call.args[0], var, window)
+    rows = value.rows
+    moved = builder.move(value, target, window, fill, always=kind == "maximum")
+    taps = tuple(int(offset) for offset in tap_offsets(window, moved.geometry, target))
+    multiplier = 1.0 / len(taps)
+    zero_point, out_zero = 0, 0
+    if value.quant is not None and quant is not None:
+        multiplier *= value.quant.scale / quant.scale
+        zero_point, out_zero = value.quant.zero_point, quant.zero_point
+    work = Pooling(
+        kind,
+        value.dtype,
+        rows,
+        len(window.phases()),
+        moved.geometry,
+        target,
+        taps,
+        zero_point,
+        float(np.float32(multiplier)),
+        out_zero,
+        builder.threads,
+    )
+    arguments = [moved.expr, *builder.mask(target)]
+    expr = builder.call(work, pooling, arguments, (rows, target.positions, value.depth), value.dtype)
+    builder.define(var, Packed(expr, value.channels, target.normalized(), quant))
+    return True
+
+
+def _is_plain_pool(call: relax.Call) -> bool:
+    return str(call.attrs.layout) == "NCHW"
+
+
+def _global_average(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    source = call.args[0]
+    value = builder.packed(source)
+    if value is None or not is_map(source):
+        return False
+    if builder.graph.flow.op(var) == "mean":
+        if sorted(int(axis) % 4 for axis in call.attrs.axis or []) != [2, 3]:
+            return False
+    elif shape_of(var)[2:] != (1, 1):
+        return False
+    quant = None if value.quant is None else next_quant(builder, var)
+    if value.quant is not None and quant is None:
+        return False
+    batch, pixels = value.geometry.batch, value.geometry.height * value.geometry.width
+    if shape_of(source)[2:] == (1, 1):
+        return False
+    target = Geometry(batch, 1, 1)
+    multiplier = 1.0 / pixels
+    zero_point, out_zero = 0, 0
+    if value.quant is not None and quant is not None:
+        multiplier *= value.quant.scale / quant.scale
+        zero_point, out_zero = value.quant.zero_point, quant.zero_point
+    work = GlobalAverage(
+        value.dtype, value.rows, value.geometry, target, zero_point, float(np.float32(multiplier)), out_zero
+    )
+    shape = (value.rows, target.positions, value.depth)
+    expr = builder.call(work, global_average, [value.expr], shape, value.dtype)
+    builder.define(var, Packed(expr, value.channels, target.normalized(), quant))
+    return True
+
+
+def _relabel(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """A reshape that moves nothing: between ``[N, C, 1, 1]`` and ``[N, C]``, or among token shapes."""
+    source = call.args[0]
+    value = builder.packed(source)
+    if value is None or len(shape_of(var)) not in (2, 3, 4):
+        return False
+    same_plane = plane_of(var) == plane_of(source)
+    if not same_plane or plane_of(var)[0][:2] != (1, 1) or value.geometry.is_padded:
+        return False
+    if is_map(source) != is_map(var) and shape_of(source if is_map(source) else var)[2:] != (1, 1):
+        return False
+    builder.define(var, value)
+    return True
+
+
+def _add(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    values = [builder.packed(operand) for operand in call.args]
+    left, right = values
+    if left is None or right is None or left.geometry != right.geometry or left.channels != right.channels:
+        return False
+    if any(shape_of(operand) != shape_of(var) for operand in call.args):
+        return False
+    if left.quant is None and right.quant is None:
+        return _elementwise(builder, var, call)
+    if left.quant is None or right.quant is None:
+        return False
+    last, low, high = _activation_after(builder, var)
+    quant = next_quant(builder, last)
+    if quant is None:
+        return False
+    words = left.rows * left.geometry.positions
+    work = Add(
+        words,
+        left.quant.zero_point,
+        float(np.float32(left.quant.scale / quant.scale)),
+        right.quant.zero_point,
+        float(np.float32(right.quant.scale / quant.scale)),
+        quant.zero_point,
+        quant.store(low),
+        quant.store(high),
+        builder.threads,
+    )
+    flat = [builder.emit(relax.op.reshape(v.expr, (words, 4)), "words") for v in (left, right)]
+    total = builder.call(work, add, flat, (words, 4), "uint8")
+    expr = builder.emit(relax.op.reshape(total, (left.rows, left.geometry.positions, 4)), "sum")
+    builder.define(last, Packed(expr, left.channels, left.geometry, quant))
+    return True
+
+
+def _concat(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """Along channels, where all parts but the last are whole words: rows one after the other."""
+    if not isinstance(call.args[0], relax.Tuple) or int(call.attrs.axis) % len(shape_of(var)) != _channel_axis(var):
+        return False
+    parts = [builder.packed(part) for part in call.args[0].fields]
+    first = parts[0]
+    if first is None or len(shape_of(var)) < 2:
+        return False
+    for part in parts:
+        if part is None or part.quant != first.quant or part.geometry != first.geometry:
+            return False
+    known = [part for part in parts if part is not None]
+    if any(part.channels % 4 for part in known[:-1]):
+        return False
+    expr = builder.emit(relax.op.concat([part.expr for part in known], axis=0), "concat")
+    channels = sum(part.channels for part in known)
+    builder.define(var, Packed(expr, channels, first.geometry, first.quant))
+    return True
+
+
+def _channel_axis(var: relax.Var) -> int:
+    return 1 if is_map(var) else len(shape_of(var)) - 1
+
+
+def _elementwise(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """Relax's own operator, on packed float32: it does not care where an element lies."""
+    activations = [argument for argument in call.args if isinstance(argument, relax.Var)]
+    values = {argument: builder.packed(argument) for argument in activations}
+    known = [value for value in values.values() if value is not None and value.quant is None]
+    if len(known) != len(values) or len({(value.geometry, value.channels) for value in known}) != 1:
+        return False
+    if any(shape_of(argument) != shape_of(var) for argument in activations):
+        return False
+    if known[0].geometry.is_padded and not _keeps_zero(builder, var, call):
+        return False
+    exprs = {argument: value.expr for argument, value in values.items() if value is not None}
+    expr = builder.emit(substitute(call, exprs), var.name)
+    builder.define(var, Packed(expr, known[0].channels, known[0].geometry, None))
+    return True
+
+
+def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """Whether padding that holds zero still does afterwards."""
+    if builder.graph.flow.op(var) == "clip":
+        return bool(plain(call.args[1]) <= 0 <= plain(call.args[2]))
+    return builder.graph.flow.op(var) in _ZERO_TO_ZERO
+
+
+def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, float, float]:
+    """The activations that alone read ``var``: the last one's variable, and the clamp they make."""
+    flow, low, high = builder.graph.flow, float("-inf"), float("inf")
+    while (user := flow.only_user(var)) is not None:
+        if flow.op(user) == "nn.relu":
+            low = max(low, 0.0)
+        elif flow.op(user) == "clip":
+            below, above = (float(plain(bound)) for bound in flow.value[user].args[1:3])
+            low, high = max(low, below), min(max(high, below), above)
+        else:
+            break
+        var = user
+    return var, low, high
+
+
+def next_quant(builder: Builder, var: relax.Var) -> Quant | None:
+    """The quantize that alone reads ``var``, possibly behind reshapes: its parameters."""
+    flow = builder.graph.flow
+    user = flow.only_user(var)
+    while user is not None and flow.op(user) in _RESHAPES:
+        user = flow.only_user(user)
+    return builder.graph.quant(flow.value[user]) if user is not None and flow.op(user) == "quantize" else None
+
+
+_RESHAPES = ("reshape", "squeeze", "expand_dims", "flatten")
+_ZERO_TO_ZERO = frozenset(
+    {"nn.relu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "tanh", "erf", "abs", "negative", "add", "subtract", "multiply"}
+)
+_ANY = frozenset({"sigmoid", "exp", "sqrt", "square"})
+
+
+OPERATORS: dict[str, Rule] = {
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "nn.max_pool2d": _max_pool,
+    "nn.avg_pool2d": _avg_pool,
+    "nn.adaptive_avg_pool2d": _global_average,
+    "mean": _global_average,
+    "add": _add,
+    "concat": _concat,
+    **dict.fromkeys(_RESHAPES, _relabel),
+    **dict.fromkeys((_ZERO_TO_ZERO | _ANY | {"clip"}) - {"add"}, _elementwise),
+}
+
