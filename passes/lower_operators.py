@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,8 @@ from pumice.passes.rewriting import shape_of
 from pumice.schedules.convolution import tap_offsets
 from pumice.schedules.elementwise import Add, add, lookup
 from pumice.schedules.geometry import Geometry
+from pumice.schedules.matmul import Matmul, matmul
+from pumice.schedules.normalization import LayerNorm, Softmax, layer_norm, softmax
 from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
 
 Rule = Callable[[Builder, relax.Var, relax.Call], bool]
@@ -252,6 +255,48 @@ def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     return builder.graph.flow.op(var) in _ZERO_TO_ZERO
 
 
+def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """A product of two activations, on plain tensors."""
+    left, right = (shape_of(argument) for argument in call.args)
+    if str(var.ty.dtype) != "float32" or len(left) < 2 or len(right) < 2 or any(0 in s for s in (left, right)):
+        return False
+    batch, shared = math.prod(left[:-2]), math.prod(right[:-2]) == 1
+    if not shared and left[:-2] != right[:-2] or shape_of(var)[:-2] != left[:-2]:
+        return False
+    if shared:  # one matrix for all: the batch is just more rows
+        work = Matmul(1, batch * left[-2], right[-1], left[-1], True, builder.threads)
+    else:
+        work = Matmul(batch, left[-2], right[-1], left[-1], False, builder.threads)
+    _call_on_rows(builder, var, list(call.args), work, matmul)
+    return True
+
+
+def _softmax(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    shape = shape_of(var)
+    if str(var.ty.dtype) != "float32" or int(call.attrs.axis) % len(shape) != len(shape) - 1 or 0 in shape:
+        return False
+    work = Softmax(math.prod(shape[:-1]), shape[-1], builder.threads)
+    _call_on_rows(builder, var, call.args[:1], work, softmax)
+    return True
+
+
+def _layer_norm(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    shape, attrs = shape_of(var), call.attrs
+    is_last = [int(axis) % len(shape) for axis in attrs.axes] == [len(shape) - 1]
+    if str(var.ty.dtype) != "float32" or not is_last or not (attrs.center and attrs.scale) or 0 in shape:
+        return False
+    work = LayerNorm(math.prod(shape[:-1]), shape[-1], float(attrs.epsilon), builder.threads)
+    _call_on_rows(builder, var, list(call.args), work, layer_norm)
+    return True
+
+
+def _call_on_rows(builder: Builder, var: relax.Var, operands: list[relax.Expr], work: object, make: object) -> None:
+    """Call a kernel that takes plain tensors flat."""
+    flat = [builder.flat(operand) for operand in operands]
+    result = builder.call(work, make, flat, (math.prod(shape_of(var)),), "float32")
+    builder.set_plain(var, builder.emit(relax.op.reshape(result, shape_of(var)), var.name))
+
+
 def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, float, float]:
     """The activations that alone read ``var``: the last one's variable, and the clamp they make."""
     flow, low, high = builder.graph.flow, float("-inf"), float("inf")
@@ -292,6 +337,9 @@ OPERATORS: dict[str, Rule] = {
     "mean": _global_average,
     "add": _add,
     "concat": _concat,
+    "matmul": _matmul,
+    "nn.softmax": _softmax,
+    "nn.layer_norm": _layer_norm,
     **dict.fromkeys(_RESHAPES, _relabel),
     **dict.fromkeys((_ZERO_TO_ZERO | _ANY | {"clip"}) - {"add"}, _elementwise),
 }

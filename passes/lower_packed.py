@@ -43,7 +43,7 @@ class LowerPacked:
         results = {chain.result: chain for chain in chains}
         inside = {var for chain in chains for var in chain.members} - set(results)
         for var, value in graph.flow.bindings:
-            if var in inside or builder.packed(var) is not None:
+            if var in inside or builder.is_known(var):
                 continue
             if var not in results:
                 _lower_binding(builder, var, value)

@@ -141,6 +141,10 @@ class Builder:
         """``var`` is this packed value."""
         self._packed[var] = packed
 
+    def is_known(self, var: relax.Var) -> bool:
+        """Whether the value of ``var`` has been made in some form."""
+        return var in self._packed or var in self._plain
+
     def packed(self, var: relax.Expr) -> Packed | None:
         """The packed form of ``var``, if it has one."""
         return self._packed.get(var)
@@ -160,8 +164,7 @@ class Builder:
         plane, channels = plane_of(var)
         geometry = self.geometry(plane)
         work = self._packing(channels, geometry, not is_map(var), quant)
-        flat = self.emit(relax.op.reshape(self.plain(var), (work.size,)), "flat")
-        expr = self.call(work, pack, [flat], work.packed_shape, "float32" if quant is None else "uint8")
+        expr = self.call(work, pack, [self.flat(var)], work.packed_shape, "float32" if quant is None else "uint8")
         return Packed(expr, channels, geometry, quant)
 
     def quantize(self, value: Packed, quant: Quant) -> Packed:
@@ -196,6 +199,12 @@ class Builder:
         if not isinstance(value, np.ndarray):
             raise UnsupportedError(f"{call.args[0].name}: its scale is computed at run time; store it as a constant")
         return self.constant(f"{call.args[0].name}.float", value)
+
+    def flat(self, var: relax.Expr) -> relax.Var:
+        """The plain form of ``var`` as one row of elements."""
+        plain = self.plain(var)
+        size = int(np.prod(shape_of(var)))
+        return self.emit(relax.op.reshape(plain, (size,)), "flat")
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         """Bind ``var`` to its own operator, on plain operands."""
