@@ -80,6 +80,10 @@ def unpack(work: Packing, isa: Isa, name: str = "unpack") -> tirx.PrimFunc:
             x=(work.packed_shape, "float32" if work.scale is None else "uint8"), y=((work.size,), "float32")
         )
         parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
+        if work.tokens and work.channels % 4 == 0 and work.geometry.pixels > 1:
+            with emit.loop(work.channels // 4, parallel) as quad:
+                _unpack_tokens(work, isa, x, y, quad)
+            return
         with emit.loop(work.rows, parallel) as row:
             for byte in range(work.depth):
                 channel = row * work.depth + byte
@@ -275,6 +279,35 @@ def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, by
             T.buffer_store(y, value, [index])
         else:
             emit.store(y, (n * work.channels + channel) * plane + h * geometry.width + w, value, lanes)
+
+    with emit.loop(geometry.batch) as n, emit.loop(geometry.height) as h:
+        emit.for_strips(geometry.width, isa.lanes, lambda w, lanes: strip(n, h, w, lanes))
+
+
+def _unpack_tokens(work: Packing, isa: Isa, x: Buffer, y: Buffer, quad: Expr) -> None:
+    """Four channels of every token: vectors over tokens, interleaved so that a token's four are stored at once."""
+    geometry = work.geometry
+
+    def channels(position: Expr, lanes: int) -> list[Expr]:
+        if work.scale is None:
+            rows = [(quad * 4 + r) * geometry.positions for r in range(4)]
+            return [emit.load(x, row + position, lanes) for row in rows]
+        word = emit.load(x, quad * geometry.positions + position, lanes)
+        centred = [emit.byte_of(word, byte, lanes) - emit.splat(work.zero_point, lanes) for byte in range(4)]
+        return [emit.to_float(value, lanes) * emit.splat(work.scale, lanes, "float32") for value in centred]
+
+    def strip(n: Expr, h: Expr, w: Expr, lanes: int) -> None:
+        position = geometry.base + n * geometry.image + h * geometry.pitch + w
+        token = (n * geometry.height + h) * geometry.width + w
+        values = channels(position, lanes)
+        for lane in range(lanes):
+            to = (token + lane) * work.channels + quad * 4
+            if lanes == 1:
+                for r, value in enumerate(values):
+                    T.buffer_store(y, value, [to + r])
+            else:
+                picked = [tirx.const(r * lanes + lane, "int32") for r in range(4)]
+                emit.store(y, to, tirx.Shuffle(values, picked), 4)
 
     with emit.loop(geometry.batch) as n, emit.loop(geometry.height) as h:
         emit.for_strips(geometry.width, isa.lanes, lambda w, lanes: strip(n, h, w, lanes))
