@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tvm import relax
@@ -49,7 +50,7 @@ def _look_up(builder: Builder, value: Packed, table: np.ndarray, quant: Quant) -
     assert value.quant is not None
     flat = builder.emit(relax.op.reshape(value.expr, (words, 4)), "words")
     constant = builder.constant(f"table {table.tobytes().hex()}", table)
-    looked_up = builder.call(("lookup", words), lookup, [flat, constant], (words, 4), "uint8", work=words)
+    looked_up = builder.call(words, lookup, [flat, constant], (words, 4), "uint8")
     shape = (value.rows, value.geometry.positions, 4)
     expr = builder.emit(relax.op.reshape(looked_up, shape), "looked_up")
     result = Packed(expr, value.channels, value.geometry, quant)
@@ -290,7 +291,7 @@ def _layer_norm(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     return True
 
 
-def _call_on_rows(builder: Builder, var: relax.Var, operands: list[relax.Expr], work: object, make: object) -> None:
+def _call_on_rows(builder: Builder, var: relax.Var, operands: list[relax.Expr], work: Any, make: Any) -> None:
     """Call a kernel that takes plain tensors flat."""
     flat = [builder.flat(operand) for operand in operands]
     result = builder.call(work, make, flat, (math.prod(shape_of(var)),), "float32")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from tvm import relax, tirx
@@ -20,6 +21,7 @@ from pumice.schedules.layout import Packing, Planes, pack, planes, quantize_pack
 from pumice.targets.isa import Isa, isa
 from pumice.targets.target import Target
 
+Work = TypeVar("Work")
 Plane = tuple[int, int, int]  # batch, height, width
 
 
@@ -170,7 +172,7 @@ class Builder:
     def quantize(self, value: Packed, quant: Quant) -> Packed:
         """Packed float32 to packed uint8."""
         work = self._packing(value.channels, value.geometry, False, quant)
-        expr = self.call(("quantize", work), quantize_packed, [value.expr], work.packed_shape, "uint8", work=work)
+        expr = self.call(work, quantize_packed, [value.expr], work.packed_shape, "uint8")
         return Packed(expr, value.channels, value.geometry, quant)
 
     def plain(self, var: relax.Expr) -> relax.Expr:
@@ -183,7 +185,7 @@ class Builder:
 
     def _unpack(self, var: relax.Var, value: Packed) -> relax.Expr:
         work = self._packing(value.channels, value.geometry, not is_map(var), value.quant)
-        flat = self.call(("unpack", work), unpack, [value.expr], (work.size,), "float32", work=work)
+        flat = self.call(work, unpack, [value.expr], (work.size,), "float32")
         shape = list(shape_of(var))
         expr = self.emit(relax.op.reshape(flat, shape), var.name)
         dtype = str(var.ty.dtype)
@@ -256,19 +258,19 @@ class Builder:
 
     def call(
         self,
-        key: object,
-        make: object,
+        work: Work,
+        make: Callable[[Work, Isa, str], tirx.PrimFunc],
         arguments: list[relax.Expr],
         shape: tuple[int, ...],
         dtype: str,
-        work: object | None = None,
         name: str | None = None,
     ) -> relax.Var:
-        """Call the kernel ``make(work, isa, name)``; equal keys share one kernel."""
-        name = name or make.__name__  # type: ignore[attr-defined]
+        """Call the kernel ``make(work, isa, name)``; equal workloads share one kernel."""
+        name = name or make.__name__
+        key = (make, work)
         if key not in self._by_workload:
             unique = self._unique(name)
-            kernel = make(work if work is not None else key, self.isa, unique)  # type: ignore[operator]
+            kernel = make(work, self.isa, unique)
             variable = self._normalizer.add_func(kernel, unique)
             self._kernels[variable] = kernel
             self._by_workload[key] = variable

@@ -61,7 +61,7 @@ def add(work: Add, isa: Isa, name: str = "add") -> tirx.PrimFunc:
     return emit.kernel(name, body)
 
 
-def lookup(words: int, name: str = "lookup") -> tirx.PrimFunc:
+def lookup(words: int, isa: Isa, name: str = "lookup") -> tirx.PrimFunc:
     """``y[i] = table[x[i]]``. Arguments: x uint8 ``[words, 4]``; table uint8 ``[256]``; y like x."""
 
     def body() -> None:
