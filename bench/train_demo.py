@@ -5,74 +5,67 @@ The data is the Debian package ``dataset-fashion-mnist`` (MIT licence, (c) Zalan
     apt-get install dataset-fashion-mnist
     python bench/train_demo.py --data /usr/share/datasets/fashion-mnist --out pumice/demo
 
-A small residual network is trained dense, then pruned in steps (the cubic schedule of
-arXiv 1710.01878) while it learns from its dense self, to 80 % and then 90 % of its 1x4
-blocks zero.  The last weights of every stage are kept: the test images are only ever
-measured, never used to choose.  ``--out`` receives ``fashion.zip`` (three ONNX models),
-``fashion.npz`` (images for the demo) and ``fashion.json`` (what was measured).
+A residual network is trained dense, then pruned in steps (arXiv 1710.01878) while it learns from its dense
+self, to 80 % and then 90 % of its 1x4 blocks zero.  The last weights of a stage are kept: test images are only
+measured.  ``--out`` receives ``fashion.zip`` (three ONNX models) and ``fashion.npz`` (images for the demo).
 """
 
 import argparse
 import copy
 import gzip
 import io
-import json
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-SEED = 20240817
-BATCH = 128
-BLOCK = 4  # neighbouring input channels that are kept or dropped together
-PAD = 2
-PRUNE_EVERY = 50  # optimiser steps between two mask updates
-PRUNE_SHARE = 0.5  # part of a pruning stage in which the masks still grow
+SEED, BATCH, PAD, BLOCK = 20240817, 128, 2, 4  # a block: input channels that are kept or dropped together
+PRUNE_EVERY, PRUNE_SHARE = 50, 0.5  # steps between two mask updates; part of a stage that has updates
 TEMPERATURE, DISTIL = 3.0, 0.7
-SPLITS = {
-    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
-    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
-}
-Bytes = npt.NDArray[np.uint8]
+# Name, share of zero blocks, epochs, highest learning rate.
+STAGES = [("dense", 0.0, 24, 0.2), ("blocks80", 0.8, 4, 0.1), ("blocks90", 0.9, 5, 0.1)]
+Samples = tuple[Tensor, Tensor]
 
 
-def read_idx(path: Path) -> Bytes:
+def read_idx(path: Path) -> Tensor:
     """Read one gzipped IDX file: a magic number that ends in the rank, the sizes, the bytes."""
     raw = gzip.decompress(path.read_bytes())
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">i4", count=rank, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape).copy()
+    sizes = np.frombuffer(raw, ">i4", count=raw[3], offset=4)
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + sizes.nbytes).reshape(sizes).copy())
 
 
-class Block(nn.Module):
+def read_split(folder: Path, prefix: str) -> Samples:
+    """Read the images and the labels whose file names start with ``prefix``."""
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz")
+    return images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").long()
+
+
+class Block(nn.Module):  # type: ignore[misc, unused-ignore]
     """Two 3x3 convolutions and a shortcut; each convolution is named so that ONNX shows it."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv1_bn = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        self.shortcut_bn: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut_bn = nn.BatchNorm2d(outputs)
+        self.conv2_bn = nn.BatchNorm2d(outputs)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.shortcut_bn = nn.Identity() if same else nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        """Add the two paths."""
+        inner = self.conv2_bn(self.conv2(F.relu(self.conv1_bn(self.conv1(x)))))
         return F.relu(inner + self.shortcut_bn(self.shortcut(x)))
 
 
-class DemoNet(nn.Module):
+class DemoNet(nn.Module):  # type: ignore[misc, unused-ignore]
     """A ResNet-14 with channel counts that are multiples of 16, halving early to stay cheap."""
 
     def __init__(self) -> None:
@@ -86,6 +79,7 @@ class DemoNet(nn.Module):
         self.classifier = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the ten logits of each image."""
         x = F.relu(self.stem_bn(self.stem(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
         logits: Tensor = self.classifier(torch.flatten(self.pool(x), 1))
@@ -95,45 +89,48 @@ class DemoNet(nn.Module):
 class BlockPruner:
     """Holds the masks of all convolutions but the stem and grows them together.
 
-    Blocks of different layers are compared by LAMP (arXiv 2010.07611): the squared norm of a
-    block over that of all blocks in its layer which are no smaller.  Batch normalisation makes
-    the scale of a layer meaningless, so plain norms would not compare; and no layer can empty.
+    Blocks of different layers are compared by LAMP (arXiv 2010.07611): the squared norm of a block over
+    that of all blocks in its layer which are no smaller.  Batch normalisation makes the scale of a layer
+    meaningless, so plain norms would not compare; and no layer can empty.
     """
 
     def __init__(self, model: DemoNet) -> None:
-        self.weights = {
-            name: module.weight
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d) and name != "stem"
-        }
-        self.masks = {name: torch.ones_like(w) for name, w in self.weights.items()}
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n != "stem"]
+        self.weights = {name: layer.weight.detach() for name, layer in layers}  # shared, not copied
+        self.masks = {name: torch.ones_like(weight) for name, weight in self.weights.items()}
 
-    @torch.no_grad()
     def prune(self, sparsity: float) -> None:
         """Zero the lowest-scoring blocks of the network; never fewer than ``sparsity`` of them."""
-        scores = {name: self._scores(weight) for name, weight in self.weights.items()}
-        flat = torch.cat([score.flatten() for score in scores.values()])
-        keep = torch.ones_like(flat)
-        keep[torch.argsort(flat, stable=True)[: int(np.ceil(sparsity * len(flat)))]] = 0
-        parts = torch.split(keep, [score.numel() for score in scores.values()])
-        for (name, score), part in zip(scores.items(), parts, strict=True):
-            self.masks[name].copy_(part.view_as(score).repeat_interleave(BLOCK, dim=1))
+        squares = [blocks.square().sum(-1) for blocks in self.blocks().values()]
+        scores = torch.cat([self._lamp(layer.flatten()) for layer in squares])
+        keep = torch.ones_like(scores)
+        keep[scores.argsort(stable=True)[: int(np.ceil(sparsity * len(keep)))]] = 0
+        parts = keep.split([layer.numel() for layer in squares])
+        for mask, layer, part in zip(self.masks.values(), squares, parts, strict=True):
+            mask.copy_(part.view_as(layer).movedim(-1, 1).repeat_interleave(BLOCK, dim=1))
         self.apply()
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Put the zeros back that an optimiser step has moved."""
         for name, weight in self.weights.items():
             weight.mul_(self.masks[name])
 
+    def blocks(self) -> dict[str, Tensor]:
+        """View every weight as [output, row, column, group, the four inputs of one block]."""
+        moved = {name: weight.permute(0, 2, 3, 1) for name, weight in self.weights.items()}
+        return {name: x.reshape(*x.shape[:3], x.shape[3] // BLOCK, BLOCK) for name, x in moved.items()}
+
+    def sparsity(self) -> dict[str, float]:
+        """Percent of zero blocks in each layer and, as ``all``, over these layers together."""
+        zero = {name: ~x.any(-1) for name, x in self.blocks().items()}
+        zero["all"] = torch.cat([part.flatten() for part in zero.values()])
+        return {name: 100 * float(part.double().mean()) for name, part in zero.items()}
+
     @staticmethod
-    def _scores(weight: Tensor) -> Tensor:
-        squares = weight.unflatten(1, (-1, BLOCK)).square().sum(2)
-        ordered, order = squares.flatten().sort(stable=True)
+    def _lamp(squares: Tensor) -> Tensor:
+        ordered, order = squares.sort(stable=True)
         no_smaller = ordered.flip(0).cumsum(0).flip(0).clamp_min(1e-30)
-        scores = torch.empty_like(ordered)
-        scores[order] = ordered / no_smaller
-        return scores.view_as(squares)
+        return torch.empty_like(squares).scatter_(0, order, ordered / no_smaller)
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def to_input(images: Tensor) -> Tensor:
     return (images.float() / 255).unsqueeze(1).contiguous(memory_format=torch.channels_last)
 
 
-def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, labels: Tensor) -> Iterator[Samples]:
     """Yield one epoch of shuffled batches, each image randomly shifted and mirrored."""
     windows = F.pad(images, (PAD,) * 4).unfold(1, 28, 1).unfold(2, 28, 1)
     for index in torch.randperm(len(images))[: len(images) // BATCH * BATCH].split(BATCH):
@@ -151,141 +148,102 @@ def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield to_input(torch.where(mirrored, crops.flip(2), crops)), labels[index]
 
 
-def loss_of(logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+def loss_of(model: DemoNet, teacher: DemoNet | None, images: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, mixed with the softened answers of the dense network where there is one."""
+    with torch.autocast("cpu", torch.bfloat16):  # halves the time; weights and updates stay float32
+        logits = model(images).float()
     hard = F.cross_entropy(logits, labels)
-    if teacher is None:
+    if not teacher:
         return hard
-    target = F.log_softmax(teacher.float() / TEMPERATURE, 1)
-    student = F.log_softmax(logits / TEMPERATURE, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        target = (teacher(images).float() / TEMPERATURE).log_softmax(1)
+    student = (logits / TEMPERATURE).log_softmax(1)
     soft = F.kl_div(student, target, reduction="batchmean", log_target=True) * TEMPERATURE**2
     return (1 - DISTIL) * hard + DISTIL * soft
 
 
 def train(
-    model: DemoNet,
-    data: tuple[Tensor, Tensor],
-    epochs: int,
-    peak: float,
-    teacher: DemoNet | None = None,
-    pruning: tuple[BlockPruner, float, float] | None = None,
+    model: DemoNet, teacher: DemoNet | None, data: Samples, epochs: int, peak: float, zeros: tuple[float, float]
 ) -> None:
-    """Run one stage; ``pruning`` is the pruner with the sparsities at its start and its end.
-
-    Half-precision products (bfloat16) halve the time on a CPU; weights and updates stay float32.
-    """
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    """Run one stage, in which the share of zero blocks rises from one of ``zeros`` to the other."""
+    pruner = BlockPruner(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * (len(data[0]) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.2)
-    step, start = 0, time.monotonic()
-    for epoch in range(epochs):
-        model.train()
-        total = torch.zeros(())
-        for images, labels in batches(*data):
-            if pruning and step % PRUNE_EVERY == 0:
-                pruner, first, last = pruning
-                left = max(0.0, 1 - step / (PRUNE_SHARE * steps))
-                pruner.prune(last + (first - last) * left**3)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(images).float()
-                with torch.no_grad():
-                    taught = teacher(images) if teacher else None
-            loss = loss_of(logits, labels, taught)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-            if pruning:
-                pruning[0].apply()
-            total += loss.detach()
-            step += 1
-        mean, seconds = float(total) * epochs / steps, time.monotonic() - start
-        print(f"epoch {epoch + 1}/{epochs} loss {mean:.4f} {seconds:.0f} s", flush=True)
+    model.train()
+    stream = (batch for _ in range(epochs) for batch in batches(*data))
+    for step, (images, labels) in enumerate(stream):
+        if step % PRUNE_EVERY == 0:
+            left = max(0.0, 1 - step / (PRUNE_SHARE * steps))
+            pruner.prune(zeros[1] + (zeros[0] - zeros[1]) * left**3)
+        loss = loss_of(model, teacher, images, labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        pruner.apply()
+        if step % 200 == 0:
+            print(f"step {step}/{steps} loss {loss.item():.4f}", flush=True)
     model.eval()
 
 
-@torch.no_grad()
-def evaluate(model: DemoNet, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy in percent on all test images and on the first 2,000, which the demo carries."""
-    right = torch.cat([model(to_input(part)).argmax(1) for part in images.split(500)]) == labels
-    return {str(n): 100 * float(right[:n].float().mean()) for n in (len(right), 2000)}
-
-
-def folded(model: DemoNet) -> DemoNet:
-    """Fold batch normalisation here: the exporter would do it too, but rename the weights."""
-    result = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)
-    for module in result.modules():
+def to_onnx(model: DemoNet) -> bytes:
+    """Fold batch normalisation, then export; the exporter would fold too, but rename the weights."""
+    folded, buffer = copy.deepcopy(model).to(memory_format=torch.contiguous_format), io.BytesIO()
+    for module in folded.modules():
         for name, norm in list(module.named_children()):
             if isinstance(norm, nn.BatchNorm2d):
-                target = name.replace("bn", "conv") if name.startswith("bn") else name[: -len("_bn")]
-                conv = getattr(module, target)
-                setattr(module, target, fuse_conv_bn_eval(conv, norm))
+                conv = name.removesuffix("_bn")
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), norm))
                 setattr(module, name, nn.Identity())
-    return result
-
-
-def to_onnx(model: DemoNet) -> bytes:
-    """Export with the TorchScript exporter, which keeps module names and needs only onnx."""
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        folded(model),
-        (torch.zeros(1, 1, 28, 28),),
-        buffer,
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
-        opset_version=17,
-        dynamo=False,
-    )
+    for weight in folded.parameters():
+        weight.data.add_(0.0)  # masks and folding leave zeros with a minus sign
+    axes = {"image": {0: "batch"}, "logits": {0: "batch"}}
+    names = {"input_names": ["image"], "output_names": ["logits"], "dynamic_axes": axes}
+    torch.onnx.export(folded, (torch.zeros(1, 1, 28, 28),), buffer, **names, opset_version=17, dynamo=False)
     return buffer.getvalue()
 
 
-def evaluate_onnx(exported: bytes, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """The same two accuracies from the exported model, run by ONNX Runtime."""
+def measure(name: str, model: DemoNet, exported: bytes, test: Samples) -> None:
+    """Print the sparsity, and the accuracy of torch and of ONNX Runtime on all and on 2,000 images."""
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
-    pixels = to_input(images).contiguous().numpy()
-    right = session.run(["logits"], {"image": pixels})[0].argmax(1) == labels.numpy()
-    return {str(n): 100 * float(right[:n].mean()) for n in (len(right), 2000)}
+    parts = [to_input(part).contiguous() for part in test[0].split(500)]
+    with torch.no_grad():
+        logits = {"torch": torch.cat([model(part) for part in parts])}
+    ran = [session.run(["logits"], {"image": part.numpy()})[0] for part in parts]
+    logits["onnxruntime"] = torch.from_numpy(np.concatenate(ran))
+    for runtime, values in logits.items():
+        right = 100 * (values.argmax(1) == test[1]).double()
+        print(f"{name} {runtime}: all {right.mean():.2f} %, first 2,000 {right[:2000].mean():.2f} %")
+    print({layer: round(share, 2) for layer, share in BlockPruner(model).sparsity().items()}, flush=True)
 
 
-def zero_blocks(model: DemoNet) -> dict[str, float]:
-    """Percent of zero blocks in each prunable layer and, as ``all``, over these layers."""
-    zero = {
-        name: ~weight.detach().unflatten(1, (-1, BLOCK)).any(2)
-        for name, weight in BlockPruner(model).weights.items()
-    }
-    zero["all"] = torch.cat([part.flatten() for part in zero.values()])
-    return {name: 100 * float(part.double().mean()) for name, part in zero.items()}
-
-
-def write_images(path: Path, train_images: Tensor, test: tuple[Tensor, Tensor]) -> None:
+def write_images(path: Path, images: Tensor, test: Samples) -> None:
     """Store what the demo needs of the data: 2,000 test and 512 calibration images."""
-    drawn = np.random.default_rng(SEED).choice(len(train_images), 512, replace=False)
-    np.savez_compressed(
-        path,
-        test_images=test[0][:2000].numpy(),
-        test_labels=test[1][:2000].numpy().astype(np.uint8),
-        calibration_images=train_images[np.sort(drawn)].numpy(),
-    )
+    drawn = np.sort(np.random.default_rng(SEED).choice(len(images), 512, replace=False))
+    shown, answers, calibration = test[0][:2000].numpy(), test[1][:2000].byte().numpy(), images[drawn].numpy()
+    np.savez_compressed(path, test_images=shown, test_labels=answers, calibration_images=calibration)
 
 
 def main() -> None:
     """Train the three networks in turn, measure them, and write them with the images."""
     parser = argparse.ArgumentParser(description="Train the demo networks on Fashion-MNIST.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the IDX .gz files")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the four IDX .gz files")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--checkpoints", type=Path, help="keep finished stages here; reuse them")
-    parser.add_argument("--epochs", type=int, nargs=3, default=(24, 14, 16), help="per stage")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    split = {
-        name: (torch.from_numpy(read_idx(args.data / x)), torch.from_numpy(read_idx(args.data / y)).long())
-        for name, (x, y) in SPLITS.items()
-    }
+    data, test = read_split(args.data, "train"), read_split(args.data, "t10k")
     torch.manual_seed(SEED)
-    model = DemoNet().to(memory_format=torch.channels_last)
-    teacher: DemoNet | None = None
-    report: dict[str, dict[str, dict[str, float]]] = {}
-    archive = zipfile.ZipFile(args.out / "fashion.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9)
+    model, teacher, reached = DemoNet().to(memory_format=torch.channels_last), None, 0.0
+    write_images(args.out / "fashion.npz", data[0], test)
+    with zipfile.ZipFile(args.out / "fashion.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, sparsity, epochs, peak in STAGES:
+            train(model, teacher, data, epochs, peak, (reached, sparsity))
+            exported = to_onnx(model)
+            measure(name, model, exported, test)
+            archive.writestr(f"{name}.onnx", exported)
+            teacher, reached = teacher or copy.deepcopy(model), sparsity
+            torch.manual_seed(SEED)  # so that the length of one stage does not change the next one's draws
+
+
+if __name__ == "__main__":
+    main()
