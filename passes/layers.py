@@ -78,7 +78,7 @@ def find_layers(mod: IRModule) -> list[Layer]:
                 continue
             if operator == "linear" and len(weight.ty.shape) != 2:
                 continue
-            name = weight.name_hint.removesuffix(".weight")
+            name = weight.name.removesuffix(".weight")
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
             layers.append(Layer(unique, operator, binding.var, binding.value, weight, scale))
@@ -96,9 +96,7 @@ def _layer_operator(value: relax.Expr) -> str | None:
     return None
 
 
-def _resolve_weight(
-    expr: relax.Expr, bound: dict[relax.Var, relax.Expr]
-) -> tuple[relax.Expr, relax.Expr | None]:
+def _resolve_weight(expr: relax.Expr, bound: dict[relax.Var, relax.Expr]) -> tuple[relax.Expr, relax.Expr | None]:
     """The parameter behind a layer's second operand, through at most one dequantize."""
     value = bound.get(expr) if isinstance(expr, relax.Var) else None
     if isinstance(value, relax.Call) and isinstance(value.op, Op) and value.op.name == "relax.dequantize":

@@ -13,15 +13,23 @@ from collections.abc import Mapping
 
 import numpy as np
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.ir import IRModule
 
+from pumice.errors import PumiceError
 from pumice.record import LayerRecord
+
+# TVM calls passes from C++, which hands an exception on as what it is only if its type is registered.
+_errors: list[type[PumiceError]] = [PumiceError, *PumiceError.__subclasses__()]
+for _error in _errors:
+    tvm_ffi.register_error(_error)
 
 _WEIGHTS = "pumice.weights"
 _LAYERS = "pumice.layers"
 _OUTPUTS = "pumice.outputs"
 _SOURCE = "pumice.source"
+_MASKS = "pumice.masks"
 
 
 def inputs_of(mod: IRModule) -> list[relax.Var]:
@@ -61,9 +69,7 @@ def with_weights(mod: IRModule, weights: Mapping[str, np.ndarray | tvm.runtime.T
             and value.strides == np.from_dlpack(old).strides
             and str(value.dtype) == str(old.dtype)
         )
-        kept[name] = (
-            old if unchanged else tvm.runtime.tensor(np.ascontiguousarray(value).reshape(value.shape))
-        )
+        kept[name] = old if unchanged else tvm.runtime.tensor(np.ascontiguousarray(value).reshape(value.shape))
     return mod.with_attr(_WEIGHTS, kept)
 
 
@@ -97,6 +103,16 @@ def source_of(mod: IRModule) -> str:
 def with_source(mod: IRModule, source: str) -> IRModule:
     """``mod`` with the name that messages call it by."""
     return mod.with_attr(_SOURCE, source)
+
+
+def mask_sources_of(mod: IRModule) -> dict[str, str]:
+    """Where each masked weight's mask came from, by weight name: ``torch.nn.utils.prune``, ``side file masks.npz``."""
+    return dict(json.loads(str(mod.attrs[_MASKS]))) if mod.attrs and _MASKS in mod.attrs else {}
+
+
+def with_mask_sources(mod: IRModule, sources: Mapping[str, str]) -> IRModule:
+    """``mod`` with exactly these mask sources."""
+    return mod.with_attr(_MASKS, json.dumps(dict(sources)))
 
 
 def _num_input(main: relax.Function) -> int:
