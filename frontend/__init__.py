@@ -1,1 +1,5 @@
-"""pumice.frontend."""
+"""Model files and live models into Pumice's module form."""
+
+from pumice.frontend.read import read_model
+
+__all__ = ["read_model"]
