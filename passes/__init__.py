@@ -1,1 +1,49 @@
-"""pumice.passes."""
+"""Passes: module in, module out. Each works in any Relax pipeline."""
+
+from pumice.passes.calibrate import Calibrate, read_calibration
+from pumice.passes.canonicalize_activations import CanonicalizeActivations
+from pumice.passes.canonicalize_bias import CanonicalizeBias
+from pumice.passes.canonicalize_conv import CanonicalizeConv
+from pumice.passes.canonicalize_linear import CanonicalizeLinear
+from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.fold_batch_norm import FoldBatchNorm
+from pumice.passes.fold_constants import FoldConstants
+from pumice.passes.fold_masks import FoldMasks
+from pumice.passes.fuse_gelu import FuseGelu
+from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
+from pumice.passes.layer_error import RecordLayerErrors
+from pumice.passes.prune import Prune
+from pumice.passes.prune_spec import PruneSpec
+from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
+from pumice.passes.quantize import Quantize
+from pumice.passes.remove_identities import RemoveIdentities
+from pumice.passes.simplify import SimplifyModel, simplification_passes
+from pumice.passes.sink_below_dequantize import SinkBelowDequantize
+from pumice.passes.sparsity import RecordLayers
+
+__all__ = [
+    "Calibrate",
+    "CanonicalizeActivations",
+    "CanonicalizeBias",
+    "CanonicalizeConv",
+    "CanonicalizeLinear",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FoldMasks",
+    "FuseGelu",
+    "FuseLayerNorm",
+    "FuseRMSNorm",
+    "NoPrunedWeightCameBack",
+    "Prune",
+    "PruneSpec",
+    "Quantize",
+    "QuantizeSpec",
+    "RecordLayerErrors",
+    "RecordLayers",
+    "RemoveIdentities",
+    "SimplifyModel",
+    "SinkBelowDequantize",
+    "plan_quantization",
+    "read_calibration",
+    "simplification_passes",
+]
