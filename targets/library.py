@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.errors import MissingDependencyError, UsageError
+from pumice.targets.build import build
 from pumice.targets.detect import host_architecture
 from pumice.targets.manifest import SECTION, encode_manifest
 from pumice.targets.target import Target
@@ -23,13 +23,14 @@ from pumice.targets.target import Target
 def write_library(lowered: IRModule, target: Target, manifest: dict[str, Any], path: str | Path) -> None:
     """Build ``lowered`` for ``target`` and link it, with ``manifest``, into the shared library ``path``.
 
-    ``lowered`` is a module that ``relax.build`` takes, its weights bound. The library is linked elsewhere and moved
-    into place when it is complete: on any failure what was at ``path`` stays. The same module and manifest give the
-    same bytes. Raises UsageError where ``path`` cannot be written, MissingDependencyError without a C compiler.
+    ``lowered`` holds TIR functions and a ``main`` that calls them, its weights bound as constants. The library is
+    linked elsewhere and moved into place when it is complete: on any failure what was at ``path`` stays. The same
+    module and manifest give the same bytes. Raises UsageError where ``path`` cannot be written and
+    MissingDependencyError without a C compiler.
     """
     path = Path(path)
     compiler = find_compiler(target)
-    executable = relax.build(lowered, target.tvm)
+    executable = build(lowered, target)
     with tempfile.TemporaryDirectory(prefix="pumice-") as folder:
         section = _manifest_source(manifest, Path(folder))
         linked = Path(folder, "linked.so")
@@ -85,7 +86,7 @@ def move_into_place(library: Path, path: Path) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -109,7 +110,7 @@ def _link(compiler: list[str], output: str, objects: list[str], folder: Path) ->
     # The table of local symbols is a tenth of a small library, and nothing reads it.
     command = [*compiler, "-shared", "-fPIC", "-Wl,-s", "-o", output, *objects, "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
+    if done.returncode != 0 or not Path(output).is_file():
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         why = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
         raise MissingDependencyError(f"'{' '.join(compiler)}' could not link the library: {why.strip()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import tvm
 from tvm.target.codegen import llvm_get_system_cpu, llvm_is_valid_cpu
@@ -50,7 +51,7 @@ class Target:
         Raises UnsupportedError for a name that is none of these and for a kind of device without kernels.
         """
         if text == "native":
-            return _native(host_architecture(), host_features())
+            return native_target(host_architecture(), host_features())
         if text in _NAMED:
             architecture, cpu, attributes = _NAMED[text]
             return _of_llvm(text, architecture, cpu, attributes)
@@ -76,7 +77,7 @@ class Target:
         return str(self.tvm.attrs["mtriple"])
 
 
-def _native(architecture: str, features: frozenset[str]) -> Target:
+def native_target(architecture: str, features: frozenset[str]) -> Target:
     """The machine at hand: LLVM's tuning for its model, and exactly the instructions that its flags list."""
     if architecture not in _TRIPLES:
         raise UnsupportedError(
@@ -92,7 +93,7 @@ def _native(architecture: str, features: frozenset[str]) -> Target:
 
 
 def _of_llvm(name: str, architecture: str, cpu: str, attributes: list[str]) -> Target:
-    config = {"kind": "llvm", "mtriple": _TRIPLES[architecture], "mcpu": cpu}
+    config: dict[str, Any] = {"kind": "llvm", "mtriple": _TRIPLES[architecture], "mcpu": cpu}
     if attributes:
         config["mattr"] = attributes
     return _wrap(name, tvm.target.Target(config), architecture)

@@ -1,0 +1,93 @@
+"""``pumice bench``: how long one inference takes, alone or against ONNX Runtime."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pumice.commands.common import Commands, add_command, positive
+from pumice.errors import UsageError
+
+
+def add_parser(commands: Commands) -> None:
+    """Declare the sub-command."""
+    parser = add_command(
+        commands,
+        "bench",
+        "time a compiled library, alone or in turns with ONNX Runtime",
+        "pumice bench model.so --vs onnxruntime --model model.onnx --calibration images.npz --threads 2",
+    )
+    parser.add_argument("library", metavar="OUT.so", help="a library that `pumice compile` wrote")
+    parser.add_argument("--vs", action="append", choices=["onnxruntime"], default=[], help="an engine to compare with")
+    parser.add_argument("--model", metavar="MODEL.onnx", help="the model that the library was compiled from")
+    parser.add_argument("--calibration", metavar="FILE.npz", help="what ONNX Runtime int8 is calibrated with")
+    parser.add_argument("-i", "--inputs", metavar="IN.npz", help="what to run (default: random floats, integers of 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="for every engine (default: one for each core)")
+    parser.add_argument("--seconds", type=positive, default=5.0, metavar="S", help="how long to measure (default: 5)")
+    parser.add_argument("--json", action="store_true", help="the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Warm up, measure in turns, print medians, spread and ratios."""
+    from pumice.arrays import read_arrays
+    from pumice.artifact import load
+    from pumice.bench import measure
+
+    if args.vs and not args.model:
+        raise UsageError("--vs onnxruntime: give the model that the library was compiled from, as --model MODEL.onnx")
+    model = load(args.library, args.threads)
+    feed = read_arrays(args.inputs) if args.inputs else random_inputs(model)
+    model(feed)
+    engines: dict[str, Callable[[], Any]] = {"pumice": lambda: model(feed)}
+    notes: list[str] = []
+    if args.vs:
+        engines |= _peers(args, model, feed, notes)
+    timings = measure(engines, args.seconds)
+    if args.json:
+        entries = [timing.to_json() for timing in timings]
+        print(json.dumps({"library": args.library, "threads": model.threads, "engines": entries, "notes": notes}))
+        return
+    print(format_timings(timings, model.threads))
+    print("".join(f"note: {note}\n" for note in notes), end="")
+
+
+def format_timings(timings: list[Any], threads: int) -> str:
+    """The table, for a person."""
+    from pumice.report_table import format_table
+
+    rows = [("engine", "median ms", "p10 ms", "p90 ms", "calls", f"time ratio to {timings[0].name}")]
+    for t in timings:
+        rows.append((t.name, f"{t.median:.4g}", f"{t.p10:.4g}", f"{t.p90:.4g}", str(t.calls), f"{t.ratio:.2f}"))
+    head = f"one inference on {threads} thread{'s' if threads > 1 else ''}, engines in turns:"
+    return "\n".join([head, "", *format_table(rows, 120, {"engine"})])
+
+
+def random_inputs(model: Any) -> dict[str, np.ndarray]:
+    """Inputs that any model takes: uniform floats in 0..1; ones for integers, which may be indices."""
+    draw = np.random.default_rng(0)
+    return {
+        spec.name: draw.random(spec.shape).astype(spec.dtype)
+        if np.dtype(spec.dtype).kind == "f"
+        else np.ones(spec.shape, spec.dtype)
+        for spec in model.inputs
+    }
+
+
+def _peers(
+    args: argparse.Namespace, model: Any, feed: dict[str, np.ndarray], notes: list[str]
+) -> dict[str, Callable[[], Any]]:
+    from pumice.arrays import read_arrays
+    from pumice.peers import OnnxRuntime, is_quantized, quantize_int8, read_pinned
+
+    source = read_pinned(args.model, {spec.name: spec.shape for spec in model.inputs})
+    sessions = {"onnxruntime int8 (as given)" if is_quantized(source) else "onnxruntime f32": source}
+    if not is_quantized(source) and args.calibration:
+        sessions["onnxruntime int8"] = quantize_int8(source, read_arrays(args.calibration))
+    elif not is_quantized(source):
+        notes.append("ONNX Runtime int8 was left out; it needs --calibration FILE.npz")
+    peers = {name: OnnxRuntime(content, model.threads) for name, content in sessions.items()}
+    return {name: lambda peer=peer: peer.run(feed) for name, peer in peers.items()}  # type: ignore[misc]

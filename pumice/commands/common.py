@@ -1,0 +1,62 @@
+"""What several sub-commands share: help with an example, shapes on the command line, the terminal's width."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from pumice.errors import UsageError
+
+Commands = Any  # argparse's sub-parsers action, whose type is private
+
+
+def add_command(commands: Commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A sub-command whose ``-h`` ends with an example."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_input_shapes(parser: argparse.ArgumentParser) -> None:
+    """``--input NAME=1x3x224x224``, any number of times."""
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=SHAPE",
+        help="the shape of an input whose batch or length is open, as in image=1x3x224x224 (repeatable)",
+    )
+
+
+def parse_shapes(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``["image=1x3x224x224"]`` -> ``{"image": (1, 3, 224, 224)}``; a name may hold ``=``, ``:`` and ``/``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for option in options:
+        name, _, text = option.rpartition("=")
+        sizes = text.lower().split("x")
+        if not name or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+            raise UsageError(f"--input {option}: give NAME=SHAPE with sizes of at least 1, such as image=1x3x224x224")
+        if name in shapes:
+            raise UsageError(f"--input {option}: the shape of '{name}' is given twice")
+        shapes[name] = tuple(int(size) for size in sizes)
+    return shapes
+
+
+def positive(text: str) -> float:
+    """A number above zero, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def terminal_width() -> int:
+    """Columns to fill: of the terminal, at least 120; 160 where there is none."""
+    return max(120, shutil.get_terminal_size((160, 24)).columns)

@@ -1,0 +1,234 @@
+"""The compile driver: a model file or live model through every stage to a library."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import IRModule
+
+from pumice.artifact import CompiledModel
+from pumice.errors import UsageError
+from pumice.frontend import read_model
+from pumice.frontend.masks import apply_masks, read_masks
+from pumice.module import inputs_of, layers_of, output_names_of, source_of, weights_of
+from pumice.passes.calibrate import Calibrate, read_calibration
+from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.layer_error import RecordLayerErrors
+from pumice.passes.pipeline import LowerOptions, lower
+from pumice.passes.prune import Prune
+from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
+from pumice.passes.quantize import Quantize
+from pumice.passes.simplify import SimplifyModel
+from pumice.passes.sparsity import RecordLayers
+from pumice.targets.library import write_library
+from pumice.targets.target import Target
+from pumice.threads import check_threads
+
+# A stage begins (None), has ended after so many seconds, or has failed (NaN).
+Progress = Callable[[str, float | None], None]
+
+
+_ERROR_MACS = 8_000_000_000  # multiply-adds spent on measuring what quantization cost
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the user decides; the manifest keeps it, so that a library says how it was made."""
+
+    target: str = "native"
+    calibration_method: str = "minmax"
+    prune: str | None = None
+    keep_float: Sequence[str] = ()
+    quantize: bool = True
+    threads: int | None = None
+
+
+def compile_model(
+    model: Any,
+    *,
+    target: str = "native",
+    inputs: Any = None,
+    calibration: Mapping[str, np.ndarray] | str | Path | None = None,
+    calibration_method: str = "minmax",
+    prune: str | None = None,
+    masks: str | Path | None = None,
+    keep_float: Sequence[str] = (),
+    quantize: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile a model into a library: ``.save(path)`` writes it, calling it runs it.
+
+    ``model`` is the path of an .onnx or .pt2 file, an ``onnx.ModelProto`` or a ``torch.nn.Module``; ``inputs`` pins
+    open shapes by name (for a live module it is the tuple of example inputs). ``calibration`` is one array an input
+    (or a .npz file of them), cut along its first axis into pieces of the input's first dimension; quantizing needs
+    it unless the model carries its scales already. ``prune`` is a specification such as ``magnitude:1x4:0.9``,
+    ``masks`` a .safetensors or .npz file of 0/1 arrays by weight name, ``keep_float`` the layers, by name pattern,
+    that stay float32. ``threads`` is what the library runs on by default (None: one for each core).
+
+    Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
+    """
+    options = CompileOptions(target, calibration_method, prune, tuple(keep_float), quantize, threads)
+    device = Target.parse(target)
+    stage = Stages(progress)
+    with stage("read the model"):
+        mod = read_model(model, inputs)
+    mod = prepare(mod, options, _samples(calibration, mod), masks, stage)
+    manifest = _describe(mod, device, options, model)
+    with stage(f"lower for {device.name}"):
+        lowered = bind_weights(lower(mod, device, LowerOptions(check_threads(threads))))
+    manifest["layers"] = [_finite(layer.to_json()) for layer in layers_of(lowered).values()]
+    owner = TemporaryDirectory(prefix="pumice-")
+    path = Path(owner.name, "model.so")
+    with stage("generate code and link"):
+        write_library(lowered, device, manifest, path)
+    return CompiledModel(path, threads, owner)
+
+
+def prepare(
+    mod: IRModule,
+    options: CompileOptions,
+    calibration: Mapping[str, np.ndarray] | None,
+    masks: str | Path | None,
+    stage: Stages,
+) -> IRModule:
+    """The part of the road that no device decides: simplified, masked, pruned, quantized, its errors measured."""
+    if masks is not None:
+        with stage("apply masks"):  # in the source's own shapes, so before anything is transposed
+            mod = apply_masks(mod, read_masks(masks), f"side file {Path(masks).name}")
+    with tvm.transform.PassContext(opt_level=3, instruments=[NoPrunedWeightCameBack()]):
+        return _run_passes(mod, options, calibration, stage)
+
+
+def _run_passes(
+    mod: IRModule, options: CompileOptions, calibration: Mapping[str, np.ndarray] | None, stage: Stages
+) -> IRModule:
+    with stage("simplify"):
+        mod = _apply(mod, SimplifyModel(), RecordLayers())
+    if options.prune:
+        with stage(f"prune {options.prune}"):
+            mod = _apply(mod, Prune(options.prune))
+    spec = QuantizeSpec(keep_float=tuple(options.keep_float))
+    if not options.quantize:
+        return mod
+    if calibration is None:
+        if plan_quantization(mod, spec).layers:
+            raise UsageError(
+                f"{source_of(mod)}: quantizing to int8 needs calibration data, one array an input with a few hundred "
+                "samples; give --calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
+            )
+        return _apply(mod, Quantize(spec))
+    original = mod
+    with stage(f"calibrate ({options.calibration_method})"):
+        mod = _apply(mod, Calibrate(calibration, options.calibration_method, spec))
+    with stage("quantize"):
+        mod = _apply(mod, Quantize(spec))
+    with stage("measure the error of each layer"):
+        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod)))
+
+
+def _error_samples(mod: IRModule) -> int:
+    """How many samples the error of each layer is measured on: fewer for a large model, where one tells as much."""
+    macs = sum(layer.macs for layer in layers_of(mod).values())
+    return max(1, min(8, _ERROR_MACS // max(1, macs)))
+
+
+def bind_weights(mod: IRModule) -> IRModule:
+    """``main(inputs..., weights...)`` as ``main(inputs...)``, the weights constants of the library."""
+    main = mod["main"].without_attr("num_input") if "num_input" in mod["main"].attrs else mod["main"]
+    mod = mod.clone()
+    mod.update_func(mod.get_global_var("main"), main)
+    values = {name: tvm.runtime.tensor(array) for name, array in weights_of(mod).items()}
+    return relax.transform.BindParams("main", values)(mod)
+
+
+def inspect_model(model: Any, inputs: Any = None, masks: str | Path | None = None) -> dict[str, Any]:
+    """What a model holds before compilation, in the form of a manifest without a target."""
+    mod = prepare(read_model(model, inputs), CompileOptions(quantize=False), None, masks, Stages(None))
+    layers = [_finite(layer.to_json()) for layer in layers_of(mod).values()]
+    return {"source": _source(mod, model), **_signature(mod), "layers": layers}
+
+
+def _apply(mod: IRModule, *passes: Any) -> IRModule:
+    return tvm.transform.Sequential(list(passes))(mod)
+
+
+class Stages:
+    """Times each stage and tells ``progress``."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress or (lambda name, seconds: None)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """One stage, for the length of a ``with``."""
+        self._progress(name, None)
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._progress(name, math.nan)
+            raise
+        self._progress(name, time.perf_counter() - start)
+
+
+def _samples(
+    calibration: Mapping[str, np.ndarray] | str | Path | None, mod: IRModule
+) -> Mapping[str, np.ndarray] | None:
+    return read_calibration(calibration, mod) if isinstance(calibration, str | Path) else calibration
+
+
+def _describe(mod: IRModule, device: Target, options: CompileOptions, model: Any) -> dict[str, Any]:
+    """The manifest, but for the layers, whose kernels lowering chooses."""
+    return {
+        "source": _source(mod, model),
+        "target": {
+            "name": device.name,
+            "tvm": str(device.tvm),
+            "architecture": device.architecture,
+            "isa": device.isa,
+            "features": sorted(device.features),
+        },
+        **_signature(mod),
+        "options": asdict(options),
+        "threads": options.threads,
+        "versions": {"pumice": version("pumice"), "tvm": str(tvm.__version__)},
+    }
+
+
+def _source(mod: IRModule, model: Any) -> dict[str, Any]:
+    path = Path(model) if isinstance(model, str | Path) else None
+    return {"file": source_of(mod), "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path else None}
+
+
+def _signature(mod: IRModule) -> dict[str, Any]:
+    """Inputs and outputs: names, shapes, data types."""
+    result = mod["main"].ret_ty
+    outputs = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    return {
+        "inputs": [_tensor(str(var.name), var.ty) for var in inputs_of(mod)],
+        "outputs": [_tensor(name, ty) for name, ty in zip(output_names_of(mod), outputs, strict=True)],
+    }
+
+
+def _tensor(name: str, ty: Any) -> dict[str, Any]:
+    return {"name": name, "shape": [int(size) for size in ty.shape], "dtype": str(ty.dtype)}
+
+
+def _finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: the ratio of a layer without any error is left out."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in entry.items()
+    }

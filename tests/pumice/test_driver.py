@@ -1,0 +1,96 @@
+import json
+import math
+
+import numpy as np
+import onnx
+import pytest
+from tiny import tiny_onnx
+
+import pumice
+from pumice.errors import ModelError, UsageError
+from pumice.peers import OnnxRuntime, is_quantized, quantize_int8, read_pinned
+
+SHAPE = (1, 1, 8, 8)
+
+
+def test_int8_needs_calibration_data():
+    with pytest.raises(UsageError, match="--no-quantize"):
+        pumice.compile(tiny_onnx(batch=1))
+
+
+def test_a_model_that_is_quantized_already_needs_none_and_keeps_its_scales(model_path, samples):
+    quantized = quantize_int8(read_pinned(model_path, {"image": SHAPE}), {"image": samples})
+    assert is_quantized(quantized)
+    compiled = pumice.compile(onnx.load_from_string(quantized))
+    assert [layer.dtype for layer in compiled.layers] == ["int8"] * 3
+    peer = OnnxRuntime(quantized, 1)
+    for sample in samples[:4]:
+        expected = peer.run({"image": sample[None]})["logits"]
+        np.testing.assert_allclose(compiled(sample[None])["logits"], expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_peers_read_models_with_external_data(tmp_path, samples):
+    onnx.save(tiny_onnx(), tmp_path / "model.onnx", save_as_external_data=True, location="data", size_threshold=0)
+    inside = read_pinned(tmp_path / "model.onnx", {"image": SHAPE})
+    expected = OnnxRuntime(tiny_onnx().SerializeToString(), 1).run({"image": samples[:1]})["logits"]
+    np.testing.assert_array_equal(OnnxRuntime(inside, 1).run({"image": samples[:1]})["logits"], expected)
+
+
+def test_peers_refuse_what_is_not_the_librarys_model(model_path):
+    with pytest.raises(ModelError, match="'image'"):
+        read_pinned(model_path, {"picture": SHAPE})
+    with pytest.raises(ModelError, match="ONNX Runtime"):
+        OnnxRuntime(b"not a model", 1)
+
+
+def test_a_live_module(samples):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4))
+    example = torch.from_numpy(samples[:1])
+    compiled = pumice.compile(module.eval(), inputs=(example,), quantize=False)
+    (output,) = compiled(samples[:1]).values()
+    np.testing.assert_allclose(output, module(example).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_instruction_set_of_this_machine_gives_the_same_numbers(model_path, samples):
+    from pumice.targets.detect import host_features
+    from pumice.targets.target import Target
+
+    results = {}
+    for name in ("x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-vnni"):
+        if Target.parse(name).features <= host_features():
+            compiled = pumice.compile(model_path, target=name, inputs={"image": SHAPE}, calibration={"image": samples})
+            results[name] = compiled(samples[:1])["logits"]
+    if not results:
+        pytest.skip("no x86 CPU")
+    first = next(iter(results.values()))
+    for name, result in results.items():
+        np.testing.assert_array_equal(result, first, err_msg=name)
+
+
+def test_stages_are_told_with_their_failure(model_path, samples):
+    told = []
+    with pytest.raises(ModelError):
+        pumice.compile(
+            model_path,
+            inputs={"image": SHAPE},
+            calibration={"image": samples * np.nan},
+            progress=lambda stage, seconds: told.append((stage, seconds)),
+        )
+    assert told[0] == ("read the model", None)
+    assert told[1][1] > 0
+    assert math.isnan(told[-1][1])
+
+
+def test_the_manifest_is_strict_json_and_says_how_it_was_made(compiled):
+    text = json.dumps(compiled.manifest, allow_nan=False)
+    manifest = json.loads(text)
+    assert manifest["options"]["calibration_method"] == "minmax"
+    assert manifest["versions"]["tvm"].startswith("0.27")
+    assert set(manifest["target"]) == {"name", "tvm", "architecture", "isa", "features"}
+
+
+def test_the_same_model_gives_the_same_library(compiled, library, model_path, samples, tmp_path):
+    again = pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples})
+    again.save(tmp_path / "again.so")
+    assert (tmp_path / "again.so").read_bytes() == library.read_bytes()

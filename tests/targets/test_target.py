@@ -1,0 +1,98 @@
+import pytest
+
+from pumice.errors import UnsupportedError
+from pumice.targets import detect
+from pumice.targets.detect import host_features, parse_cpuinfo
+from pumice.targets.target import Target, native_target
+
+AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
+V3 = {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "abm", "movbe", "bmi1", "bmi2", "avx", "f16c", "fma", "avx2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "isa", "needs"),
+    [
+        ("x86-64", "portable", set()),
+        ("x86-64-v3", "avx2", {"avx2", "fma"}),
+        ("x86-64-v3-avxvnni", "avxvnni", {"avx2", "avx_vnni"}),
+        ("x86-64-v4", "avx512bw", AVX512),
+        ("x86-64-v4-vnni", "vnni512", AVX512 | {"avx512_vnni"}),
+        ("armv8-a", "portable", {"asimd"}),
+        ("armv8.2-a+dotprod", "portable", {"asimd", "asimddp"}),
+        ('{"kind": "llvm", "mcpu": "skylake-avx512"}', "avx512bw", AVX512),
+        ('{"kind": "llvm", "mcpu": "cascadelake"}', "vnni512", AVX512 | {"avx512_vnni"}),
+        ('{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}', "portable", {"asimddp"}),
+    ],
+)
+def test_names_say_what_the_cpu_must_have(name, isa, needs):
+    target = Target.parse(name)
+    assert target.name == name
+    assert target.isa == isa
+    assert needs <= target.features
+    assert target.triple.startswith(target.architecture)
+
+
+def test_a_level_needs_nothing_of_the_next():
+    assert "avx512f" not in Target.parse("x86-64-v3").features
+    assert "avx512_vnni" not in Target.parse("x86-64-v4").features
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sm_87", "not supported yet"),
+        ("cuda", "not supported yet"),
+        ("pentium", "x86-64-v4-vnni"),
+        ("", "native"),
+        ('{"kind"', "not known"),
+        ("llvm -mcpu=znver4", "JSON"),
+        ('{"kind": "llvm", "mcpu": "bogus"}', "no x86_64 CPU called 'bogus'"),
+        ('{"kind": "llvm", "mtriple": "riscv64-linux-gnu"}', "riscv64"),
+    ],
+)
+def test_others_are_refused_with_a_sentence(text, says):
+    with pytest.raises(UnsupportedError) as caught:
+        Target.parse(text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    [
+        (V3 | AVX512 | {"avx512_vnni"}, "vnni512"),
+        (V3 | AVX512, "avx512bw"),
+        (V3 | {"avx_vnni"}, "avxvnni"),
+        (V3, "avx2"),
+        ({"pni", "ssse3"}, "portable"),
+        (set(), "portable"),
+    ],
+)
+def test_native_uses_what_the_flags_list_and_no_more(flags, isa):
+    target = native_target("x86_64", frozenset(flags))
+    assert target.isa == isa
+    assert target.features <= flags
+
+
+def test_native_runs_on_this_machine():
+    assert Target.parse("native").features <= host_features()
+
+
+def test_native_of_an_unknown_machine_is_refused():
+    with pytest.raises(UnsupportedError, match="s390x"):
+        native_target("s390x", frozenset())
+
+
+def test_cores_that_differ_count_for_what_they_share():
+    text = "processor: 0\nFeatures\t: asimd asimddp sve\nprocessor: 1\nFeatures\t: asimd asimddp\n"
+    assert parse_cpuinfo(text) == {"asimd", "asimddp"}
+    assert parse_cpuinfo("model name : a CPU\n") == frozenset()
+
+
+def test_without_cpuinfo_llvm_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(detect, "_CPUINFO", tmp_path / "none")
+    host_features.cache_clear()
+    try:
+        assert isinstance(host_features(), frozenset)
+    finally:
+        host_features.cache_clear()
