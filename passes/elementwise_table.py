@@ -61,7 +61,7 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
     own = _OWN.get(operator)
     if own is not None:
         return np.asarray(own(*operands), np.float64)
-    result = evaluate(call, operands)
+    result = evaluate(call, expr.ty, operands)
     return None if result is None or isinstance(result, tuple) else np.asarray(result, np.float64)
 
 

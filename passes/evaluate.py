@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,16 +12,21 @@ from tvm.ir import IRModule
 
 from pumice.errors import ModelError, UnsupportedError
 from pumice.module import inputs_of, output_names_of, source_of, weight_vars_of, weights_of
-from pumice.passes.rewriting import Rewriter, dtype_of, op_name, rewrite
+from pumice.passes.pipeline import LowerOptions, lower
+from pumice.targets.build import build as target_build
+from pumice.targets.target import Target
 
 
-def build(mod: IRModule) -> relax.VMExecutable:
-    """Compile ``main(inputs..., weights...)`` for this CPU, with float layers computed by numpy's matrix product.
+def build(mod: IRModule) -> tuple[relax.VMExecutable, list[np.ndarray]]:
+    """Compile ``main(inputs..., weights...)`` for this CPU; the arrays are what its weight parameters take.
 
-    TVM's own float convolution, unscheduled, would make calibration take a hundred times longer. ``R.quantize``
-    lowers to ``llvm.nearbyint``: half to even, which is the definition.
+    It is Pumice's own lowering: what is measured of a quantized module are the very integers that ship.
     """
-    return tvm.compile(rewrite(mod, _call_numpy), target=tvm.target.Target("llvm"))
+    target = Target.parse("native")
+    lowered = lower(mod, target, LowerOptions(threads=os.cpu_count() or 1))
+    weights = weights_of(lowered)
+    arrays = [weights[var.name] for var in weight_vars_of(lowered)]  # before building, which empties the module
+    return target_build(lowered, target), arrays
 
 
 class Evaluator:
@@ -36,13 +42,12 @@ class Evaluator:
         self._inputs = inputs_of(mod)
         self._output_names = output_names_of(mod)
         self._taps = list(dict.fromkeys(taps))
-        weights = weights_of(mod)
-        self._weights = [tvm.runtime.tensor(weights[var.name]) for var in weight_vars_of(mod)]
         try:
-            executable = build(_with_taps(mod, self._taps))
-        except (tvm.error.TVMError, TypeError, ValueError) as error:
+            executable, weights = build(_with_taps(mod, self._taps))
+        except (tvm.error.InternalError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UnsupportedError(f"{self._source}: cannot be evaluated on this machine: {reason}") from error
+        self._weights = [tvm.runtime.tensor(weight) for weight in weights]
         self._main = relax.VirtualMachine(executable, tvm.cpu())["main"]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -84,52 +89,6 @@ def _with_taps(mod: IRModule, taps: Sequence[relax.Var]) -> IRModule:
     block = relax.DataflowBlock([*last.bindings, relax.VarBinding(result, everything)])
     body = relax.SeqExpr([*before, block], result)
     func = relax.Function(main.params, body, result.ty, main.is_pure, main.attrs)
-    functions = dict(mod.functions.items())
-    functions[mod.get_global_var("main")] = func
-    return IRModule(functions)
-
-
-def _call_numpy(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
-    """``matmul(a, b) -> numpy``, ``nn.conv2d(x NCHW, w OIHW) -> numpy``, in float32."""
-    name = op_name(value)
-    if name not in _NUMPY or any(dtype_of(tensor) != "float32" for tensor in [var, *value.args]):
-        return None
-    if name == "relax.matmul":
-        numbers = []
-    elif (value.attrs.data_layout, value.attrs.kernel_layout) == ("NCHW", "OIHW"):
-        attrs = value.attrs
-        numbers = [*attrs.strides, *attrs.padding, *attrs.dilation, attrs.groups]
-    else:
-        return None
-    shape = relax.ShapeExpr([int(number) for number in numbers])
-    return relax.op.call_dps_packed(_NUMPY[name], [*value.args, shape], out_ty=var.ty)
-
-
-def _matmul(a: tvm.runtime.Tensor, b: tvm.runtime.Tensor, _: tvm.runtime.ShapeTuple, out: tvm.runtime.Tensor) -> None:
-    with np.errstate(all="ignore"):  # what overflows is reported where it is looked at
-        np.matmul(np.from_dlpack(a), np.from_dlpack(b), out=np.from_dlpack(out))
-
-
-def _conv2d(
-    x: tvm.runtime.Tensor, w: tvm.runtime.Tensor, numbers: tvm.runtime.ShapeTuple, out: tvm.runtime.Tensor
-) -> None:
-    """One matrix product for each kernel position, summed."""
-    sy, sx, top, left, bottom, right, dy, dx, groups = (int(number) for number in numbers)
-    weight, result = np.from_dlpack(w), np.from_dlpack(out)
-    n, channels, kh, kw = weight.shape
-    batch, _, oh, ow = result.shape
-    padded = np.pad(np.from_dlpack(x), ((0, 0), (0, 0), (top, bottom), (left, right)))
-    weight = weight.reshape(groups, n // groups, channels, kh, kw)
-    total = np.zeros((batch, groups, n // groups, oh * ow), np.float32)
-    product = np.multiply if channels == 1 else np.matmul  # the same for a depthwise convolution, and quicker
-    for i in range(kh):
-        for j in range(kw):
-            seen = padded[:, :, i * dy : i * dy + sy * (oh - 1) + 1 : sy, j * dx : j * dx + sx * (ow - 1) + 1 : sx]
-            with np.errstate(all="ignore"):
-                total += product(weight[:, :, :, i, j], seen.reshape(batch, groups, channels, oh * ow))
-    result[...] = total.reshape(result.shape)
-
-
-_NUMPY = {"relax.matmul": "pumice.evaluate.matmul", "relax.nn.conv2d": "pumice.evaluate.conv2d"}
-tvm.register_global_func("pumice.evaluate.matmul", _matmul, override=True)
-tvm.register_global_func("pumice.evaluate.conv2d", _conv2d, override=True)
+    tapped = mod.clone()
+    tapped.update_func(mod.get_global_var("main"), func)
+    return tapped

@@ -66,6 +66,8 @@ def _finish(mod: IRModule, builder: Builder) -> IRModule:
     params = [*builder.graph.flow.inputs, *builder.parameters()]
     sequence = relax.SeqExpr([relax.DataflowBlock(builder.bindings)], body)
     function = relax.Function(params, sequence, main.ret_ty, main.is_pure, main.attrs)
+    if not (main.attrs and "global_symbol" in main.attrs):  # without it TVM's passes think that nobody calls it
+        function = function.with_attr("global_symbol", "main")
     out = mod.clone()
     for name, kernel in builder.kernels():
         out.update_func(name, kernel)

@@ -197,7 +197,7 @@ class Builder:
 
     def _fold(self, var: relax.Var) -> relax.Expr:
         call = self._lazy[var]
-        value = evaluate(call, [self.graph.array(argument) for argument in call.args])
+        value = evaluate(call, var.ty, [self.graph.array(argument) for argument in call.args])
         if not isinstance(value, np.ndarray):
             raise UnsupportedError(f"{call.args[0].name}: its scale is computed at run time; store it as a constant")
         return self.constant(f"{call.args[0].name}.float", value)

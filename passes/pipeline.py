@@ -38,6 +38,6 @@ def lowering(target: Target, options: LowerOptions) -> tvm.transform.Sequential:
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(),
+            relax.transform.DeadCodeElimination(["main"]),
         ]
     )

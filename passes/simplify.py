@@ -56,7 +56,7 @@ def simplification_passes() -> list[tvm.transform.Pass]:
         SinkBelowDequantize(),
         RemoveIdentities(),
         FoldConstants(),
-        relax.transform.DeadCodeElimination(),
+        relax.transform.DeadCodeElimination(["main"]),
     ]
 
 
