@@ -28,7 +28,13 @@ from pumice.targets.isa import isa
 from pumice.targets.target import Target
 
 # output channels, input channels, height, width, kernel
-SHAPES = [(256, 64, 56, 56, 1), (128, 128, 28, 28, 3), (1024, 256, 14, 14, 1), (512, 512, 7, 7, 3), (768, 768, 1, 128, 1)]
+SHAPES = [
+    (256, 64, 56, 56, 1),
+    (128, 128, 28, 28, 3),
+    (1024, 256, 14, 14, 1),
+    (512, 512, 7, 7, 3),
+    (768, 768, 1, 128, 1),
+]
 DENSITIES = (0.1, 0.3)
 TARGETS = {"vnni512": "x86-64-v4-vnni", "avx512bw": "x86-64-v4", "avxvnni": "x86-64-v3-avxvnni", "avx2": "x86-64-v3"}
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.export.pt2_archive import PT2ArchiveWriter
+from torch.utils._pytree import tree_unflatten
 
 from pumice.errors import ModelError, UnsupportedError
 from pumice.frontend.torch_operators import first_line
@@ -57,7 +59,7 @@ def load_program(path: Path) -> ExportedProgram:
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)  # what it would say of a damaged file, the exception says too
-        return torch.export.load(io.BytesIO(clean))
+        return _with_placeholder_examples(torch.export.load(io.BytesIO(clean)))
     except Exception as error:
         raise ModelError(
             f"{source}: torch {torch.__version__} cannot read this program: {first_line(error)}; export it again with"
@@ -65,6 +67,17 @@ def load_program(path: Path) -> ExportedProgram:
         ) from error
     finally:
         logger.setLevel(level)
+
+
+def _with_placeholder_examples(program: ExportedProgram) -> ExportedProgram:
+    """``program`` with example inputs of the right structure: torch binds them to forward()'s arguments.
+
+    Only their number and nesting count. Those in the file are a pickle, and were left out.
+    """
+    given = (spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    flat = [getattr(spec.arg, "value", torch.empty(0)) for spec in given]
+    program._example_inputs = tree_unflatten(flat, program.call_spec.in_spec)
+    return program
 
 
 def _read_records(path: Path, source: str) -> dict[str, bytes]:

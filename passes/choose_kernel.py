@@ -30,17 +30,19 @@ def choose_blocks(rows: np.ndarray, isa: Isa) -> Choice:
     single, shared = count_blocks(rows, 1), count_blocks(rows, QUAD) * QUAD
     times = {"dense": total * costs.dense, "1": single * costs.sparse, "4": shared * costs.shared}
     best = min(times, key=lambda form: times[form])
-    block, block4 = ("1x4", "4x4") if depth == 4 else ("1x1", "4x1")
     label = f"{dtype} {isa.name}"
-    gain = f"{times['dense'] / max(times[best], 1e-9):.1f}x less work time than dense by measured cost"
     if best == "dense":
-        reason = _dense_reason(single / total, costs.dense / costs.sparse, block)
+        reason = _dense_reason(single / total, costs.dense / costs.sparse, depth)
         return Choice(dense_blocks(rows), f"dense {label}", reason)
-    if best == "1":
-        reason = f"{single / total:.0%} of the {block} blocks are there: {gain}"
-        return Choice(sparse_blocks(rows, 1), f"sparse {block} {label}", reason)
-    reason = f"{shared / total:.0%} of the {block4} blocks are there: {gain}"
-    return Choice(sparse_blocks(rows, QUAD), f"sparse {block4} {label}", reason)
+    per_list, left = (1, single) if best == "1" else (QUAD, shared)
+    form = f"{per_list}x{depth}"
+    faster = times["dense"] / max(times[best], 1e-9)
+    limit = costs.dense / (costs.sparse if best == "1" else costs.shared)
+    reason = (
+        f"{left / total:.0%} of its {form} blocks are left; here sparse pays below {limit:.0%}: "
+        f"{faster:.1f} times as fast as dense by the cost table"
+    )
+    return Choice(sparse_blocks(rows, per_list), f"sparse {form} {label}", reason)
 
 
 def choose_slices(rows: np.ndarray, isa: Isa) -> Choice:
@@ -50,15 +52,15 @@ def choose_slices(rows: np.ndarray, isa: Isa) -> Choice:
     dense = slice_rows(rows, isa.lanes, sparse=False)
     sparse = slice_rows(rows, isa.lanes, sparse=True)
     share = sparse.work / dense.work
-    label, block = f"{dtype} {isa.name}", "1x4" if dtype == "int8" else "1x1"
+    label, depth = f"{dtype} {isa.name}", 4 if dtype == "int8" else 1
     limit = costs.gemv_dense / costs.gemv_sparse
     if share < limit:
-        reason = f"{share:.0%} of the entries are there (padding included); sparse pays below {limit:.0%}"
-        return Choice(sparse, f"gemv sparse {block} {label}", reason)
-    return Choice(dense, f"gemv dense {label}", _dense_reason(share, limit, block))
+        reason = f"{share:.0%} of its entries are left, padding included; here sparse pays below {limit:.0%}"
+        return Choice(sparse, f"gemv sparse 1x{depth} {label}", reason)
+    return Choice(dense, f"gemv dense {label}", _dense_reason(share, limit, depth))
 
 
-def _dense_reason(share: float, limit: float, block: str) -> str:
+def _dense_reason(share: float, limit: float, depth: int) -> str:
     if share > 0.999:
-        return f"no {block} block is zero"
-    return f"{share:.0%} of the {block} blocks are there; here sparse pays below {limit:.0%}"
+        return f"none of its 1x{depth} blocks is zero" if depth > 1 else "none of its weights is zero"
+    return f"{share:.0%} of its 1x{depth} blocks are left; here sparse pays below {limit:.0%}"

@@ -1,6 +1,6 @@
 """Any function of one uint8 tensor is a table of 256 bytes: found by walking back from a quantize.
 
-    quantize(f(g(dequantize(x)), constants))   ==>   table[x]
+quantize(f(g(dequantize(x)), constants))   ==>   table[x]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
         return (np.arange(256) - packed.quant.zero_point) * np.float64(packed.quant.scale)
     call = builder.graph.flow.value.get(expr) if isinstance(expr, relax.Var) else None
     operator = builder.graph.flow.op(expr) if call is not None else ""
-    if operator not in _ELEMENTWISE or shape_of(expr) != _largest_shape(call):
+    if call is None or operator not in _ELEMENTWISE or shape_of(expr) != _largest_shape(call):
         return None
     operands = []
     for argument in call.args:

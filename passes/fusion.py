@@ -132,7 +132,7 @@ def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
         return _through_rounding(graph, chain, user, taken)
     call, operator = flow.value[user], flow.op(user)
     if operator == "nn.relu":
-        return _grow(chain, user, low=max(chain.low, 0.0))
+        return _grow(chain, user, low=max(chain.low, 0.0), high=max(chain.high, 0.0))
     if operator == "clip":
         low, high = (float(plain(bound)) for bound in call.args[1:3])
         return _grow(chain, user, low=max(chain.low, low), high=min(max(chain.high, low), high))

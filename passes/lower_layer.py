@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import relax
 
 from pumice.passes.choose_kernel import Choice, choose_blocks, choose_slices
-from pumice.passes.fusion import Fused
+from pumice.passes.fusion import Fused, Quant
 from pumice.passes.layers import Layer
-from pumice.passes.packed import Builder, Packed, plane_of, window_of
+from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
 from pumice.record import LayerRecord
 from pumice.schedules.blocks import Blocks, expand_groups
@@ -44,8 +45,14 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     numbers = _numbers(builder, chain, record)
     if numbers is None:
         return False
-    source = builder.packed(layer.data) if chain.input_quant else builder.packed_float(layer.data)
-    if source is None or source.quant != chain.input_quant:
+    if layer.operator == "linear" and is_map(layer.data):
+        record.kernel, record.dtype = "tvm", "float32"
+        record.reason = (
+            "its input has four axes, which the packed form takes for a feature map: runs as a float operator"
+        )
+        return False
+    source = _packed_as(builder, layer.data, chain.input_quant)
+    if source.quant != chain.input_quant:
         record.kernel = "tvm"
         record.reason = "its input is quantized in a way that has no packed form; runs as a float operator"
         return False
@@ -54,14 +61,17 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     residual = _residual(builder, chain, target)
     epilogue = _epilogue(chain, residual)
     one_position = target.positions == 1 and source.geometry.positions == 1
-    choice = choose_slices(numbers.rows, builder.isa) if one_position else choose_blocks(numbers.rows, builder.isa)
+    if one_position:
+        choice = choose_slices(_pad_channels(numbers.rows, source), builder.isa)
+    else:
+        choice = choose_blocks(numbers.rows, builder.isa)
     if isinstance(choice.weight, Slices):
         expr = _emit_gemv(builder, layer, source, numbers, choice.weight, epilogue, residual)
     else:
         expr = _emit_convolution(builder, layer, source, target, window, numbers, choice.weight, epilogue, residual)
     channels = plane_of(layer.var)[1]
     builder.define(chain.result, Packed(expr, channels, target.normalized(), chain.quant))
-    _note(record, choice, numbers)
+    _note(record, layer, choice, numbers)
     return True
 
 
@@ -123,11 +133,7 @@ def _emit_gemv(
     residual: Packed | None,
 ) -> object:
     rows = -(-len(numbers.rows) // 4) * 4
-    work = Gemv(
-        numbers.dtype, slices.words, rows, slices.work, slices.starts is None, epilogue, builder.threads
-    )
-    if source.rows > slices.words:  # float rows are stored in quads: whole words of zeros at the end
-        work = Gemv(numbers.dtype, source.rows, rows, slices.work, slices.starts is None, epilogue, builder.threads)
+    work = Gemv(numbers.dtype, slices.words, rows, slices.work, slices.starts is None, epilogue, builder.threads)
     arguments = [source.expr, builder.constant(f"{layer.name}.blocks", slices.data)]
     if slices.columns is not None and slices.starts is not None:
         arguments.append(builder.constant(f"{layer.name}.columns", slices.columns))
@@ -154,10 +160,21 @@ def _per_channel(builder: Builder, layer: Layer, numbers: Numbers, rows: int) ->
 def _residual(builder: Builder, chain: Fused, target: Geometry) -> Packed | None:
     if chain.residual is None:
         return None
-    value = builder.packed(chain.residual) if chain.input_quant else builder.packed_float(chain.residual)
-    if value is None:
-        value = builder.packed_float(chain.residual)
-    return builder.move(value, target, Window((1, 1)))
+    quant = builder.graph.dequantized(chain.residual) if chain.input_quant else None
+    return builder.move(_packed_as(builder, chain.residual, quant), target, Window((1, 1)))
+
+
+def _packed_as(builder: Builder, var: relax.Var, quant: Quant | None) -> Packed:
+    """The packed form of ``var``: float32, or the bytes that it was dequantized from, made again if they were lost."""
+    if quant is None:
+        return builder.packed_float(var)
+    value = builder.packed(var)
+    return value if value is not None and value.quant is not None else builder.pack(var, quant)
+
+
+def _pad_channels(rows: np.ndarray, source: Packed) -> np.ndarray:
+    """``rows`` with a zero for each input channel that is stored but not there: float channels come in quads too."""
+    return np.pad(rows, ((0, 0), (0, 0), (0, source.rows * source.depth - rows.shape[2])))
 
 
 def _epilogue(chain: Fused, residual: Packed | None) -> Epilogue:
@@ -226,10 +243,10 @@ def _new_record(layer: Layer) -> LayerRecord:
     return LayerRecord(layer.name, layer.operator, layer.weight.name, shape, layer.macs)
 
 
-def _note(record: LayerRecord, choice: Choice, numbers: Numbers) -> None:
+def _note(record: LayerRecord, layer: Layer, choice: Choice, numbers: Numbers) -> None:
+    groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
+    how = f"its {groups} groups run as block sparsity: {choice.reason}" if groups > 1 else choice.reason
     record.kernel = choice.kernel
     record.compiled_bytes = choice.weight.nbytes + numbers.bias.nbytes
     record.compiled_bytes += 0 if numbers.multiplier is None else numbers.multiplier.nbytes
-    record.reason = f"{record.reason}; {choice.reason}" if record.reason else choice.reason
-
-
+    record.reason = f"{record.reason}; {how}" if record.reason else how

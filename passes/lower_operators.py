@@ -61,8 +61,11 @@ def _look_up(builder: Builder, value: Packed, table: np.ndarray, quant: Quant) -
 
 def _dequantize(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     value = builder.packed(call.args[0])
-    if value is not None:
-        builder.define(var, value)
+    quant = builder.graph.quant(call)
+    if value is not None and value.quant is not None and quant is not None:
+        result = Packed(value.expr, value.channels, value.geometry, quant)
+        same_zero = quant.zero_point == value.quant.zero_point or not value.geometry.is_padded
+        builder.define(var, result if same_zero else builder.repad(result))
         return True
     if call.args[0] in builder.graph.flow.weights:
         builder.set_lazy(var, call)
@@ -97,6 +100,8 @@ def _pool(
     kernel = [int(extent) for extent in call.attrs.pool_size]
     window = window_of(call, (kernel[0], kernel[-1]))
     target = builder.target_geometry(call.args[0], var, window)
+    if target.positions == 1:  # a window of one pixel; the kernel writes whole vectors
+        return False
     rows = value.rows
     moved = builder.move(value, target, window, fill, always=kind == "maximum")
     taps = tuple(int(offset) for offset in tap_offsets(window, moved.geometry, target))
@@ -168,6 +173,8 @@ def _relabel(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     same_plane = plane_of(var) == plane_of(source)
     if not same_plane or plane_of(var)[0][:2] != (1, 1) or value.geometry.is_padded:
         return False
+    if is_map(source) and is_map(var) and shape_of(source) != shape_of(var):
+        return False
     if is_map(source) != is_map(var) and shape_of(source if is_map(source) else var)[2:] != (1, 1):
         return False
     builder.define(var, value)
@@ -204,7 +211,9 @@ def _add(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     flat = [builder.emit(relax.op.reshape(v.expr, (words, 4)), "words") for v in (left, right)]
     total = builder.call(work, add, flat, (words, 4), "uint8")
     expr = builder.emit(relax.op.reshape(total, (left.rows, left.geometry.positions, 4)), "sum")
-    builder.define(last, Packed(expr, left.channels, left.geometry, quant))
+    result = Packed(expr, left.channels, left.geometry, quant)
+    zero_is_kept = work.low <= quant.zero_point <= work.high or not left.geometry.is_padded
+    builder.define(last, result if zero_is_kept else builder.repad(result))
     return True
 
 
@@ -241,6 +250,8 @@ def _elementwise(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
         return False
     if any(shape_of(argument) != shape_of(var) for argument in activations):
         return False
+    if any(constant.shape not in ((), (1,)) for constant in _constants(call)):  # channels are not where they were
+        return False
     if known[0].geometry.is_padded and not _keeps_zero(builder, var, call):
         return False
     exprs = {argument: value.expr for argument, value in values.items() if value is not None}
@@ -253,7 +264,15 @@ def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     """Whether padding that holds zero still does afterwards."""
     if builder.graph.flow.op(var) == "clip":
         return bool(plain(call.args[1]) <= 0 <= plain(call.args[2]))
+    if builder.graph.flow.op(var) in ("add", "subtract") and _constants(call):
+        return False
     return builder.graph.flow.op(var) in _ZERO_TO_ZERO
+
+
+def _constants(call: relax.Call) -> list[np.ndarray]:
+    """The operands whose values are in the graph itself."""
+    values = [plain(argument) for argument in call.args]
+    return [value for value in values if isinstance(value, np.ndarray)]
 
 
 def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
@@ -262,7 +281,7 @@ def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     if str(var.ty.dtype) != "float32" or len(left) < 2 or len(right) < 2 or any(0 in s for s in (left, right)):
         return False
     batch, shared = math.prod(left[:-2]), math.prod(right[:-2]) == 1
-    if not shared and left[:-2] != right[:-2] or shape_of(var)[:-2] != left[:-2]:
+    if (not shared and left[:-2] != right[:-2]) or shape_of(var)[:-2] != left[:-2]:
         return False
     if shared:  # one matrix for all: the batch is just more rows
         work = Matmul(1, batch * left[-2], right[-1], left[-1], True, builder.threads)
@@ -303,7 +322,7 @@ def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, floa
     flow, low, high = builder.graph.flow, float("-inf"), float("inf")
     while (user := flow.only_user(var)) is not None:
         if flow.op(user) == "nn.relu":
-            low = max(low, 0.0)
+            low, high = max(low, 0.0), max(high, 0.0)
         elif flow.op(user) == "clip":
             below, above = (float(plain(bound)) for bound in flow.value[user].args[1:3])
             low, high = max(low, below), min(max(high, below), above)
@@ -344,4 +363,3 @@ OPERATORS: dict[str, Rule] = {
     **dict.fromkeys(_RESHAPES, _relabel),
     **dict.fromkeys((_ZERO_TO_ZERO | _ANY | {"clip"}) - {"add"}, _elementwise),
 }
-

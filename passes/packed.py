@@ -106,6 +106,16 @@ def _is_pixel(var: relax.Expr) -> bool:
     return shape_of(var)[2:] == (1, 1)
 
 
+def _is_channels_last(var: relax.Expr) -> bool:
+    """Whether the plain form has channels innermost: tokens, and maps of a single pixel."""
+    return not is_map(var) or _is_pixel(var)
+
+
+def _of_batch(geometry: Geometry, batch: int) -> Geometry:
+    """The inverse of ``Geometry.normalized``: single pixels that lie like tokens, as a batch again."""
+    return geometry if geometry.batch == batch else Geometry(batch, 1, 1)
+
+
 POOLS = ("nn.max_pool2d", "nn.avg_pool2d")
 
 
@@ -165,7 +175,7 @@ class Builder:
         """Pack the plain form of ``var``, quantizing it if ``quant`` is given."""
         plane, channels = plane_of(var)
         geometry = self.geometry(plane)
-        work = self._packing(channels, geometry, not is_map(var), quant)
+        work = self._packing(channels, geometry, _is_channels_last(var), quant)
         expr = self.call(work, pack, [self.flat(var)], work.packed_shape, "float32" if quant is None else "uint8")
         return Packed(expr, channels, geometry, quant)
 
@@ -184,7 +194,7 @@ class Builder:
         return self._plain[var]
 
     def _unpack(self, var: relax.Var, value: Packed) -> relax.Expr:
-        work = self._packing(value.channels, value.geometry, not is_map(var), value.quant)
+        work = self._packing(value.channels, value.geometry, _is_channels_last(var), value.quant)
         flat = self.call(work, unpack, [value.expr], (work.size,), "float32")
         shape = list(shape_of(var))
         expr = self.emit(relax.op.reshape(flat, shape), var.name)
@@ -223,7 +233,10 @@ class Builder:
             return self.geometry(plane_of(target)[0])
         if _is_pixel(source) and window.kernel == (1, 1) and window.padding == (0, 0):
             return Geometry.of_tokens(shape_of(target)[0])
-        return Geometry(shape_of(target)[0], 1, 1, *_window_reach(source, target, window))
+        batch, (pad_h, pad_w) = shape_of(target)[0], _window_reach(source, target, window)
+        if batch == 1 and pad_h == pad_w == 0 and window.kernel != (1, 1):
+            pad_w = 1  # a plane of one position has no room for the vectors of a kernel with several taps
+        return Geometry(batch, 1, 1, pad_h, pad_w)
 
     def move(
         self, value: Packed, target: Geometry, window: Window, fill: float | None = None, always: bool = False
@@ -234,7 +247,9 @@ class Builder:
             return value
         if fill is None:
             fill = 0.0 if value.quant is None else float(value.quant.zero_point)
-        work = Planes(value.rows, value.geometry, target, window, value.dtype, fill, self.threads)
+        batch = max(value.geometry.batch, target.batch)
+        places = [_of_batch(geometry, batch) for geometry in (value.geometry, target)]
+        work = Planes(value.rows, places[0], places[1], window, value.dtype, fill, self.threads)
         shape = (value.rows * len(window.phases()), target.positions, value.depth)
         expr = self.call(work, planes, [value.expr], shape, value.dtype)
         return Packed(expr, value.channels, target, value.quant)
@@ -274,9 +289,7 @@ class Builder:
             variable = self._normalizer.add_func(kernel, unique)
             self._kernels[variable] = kernel
             self._by_workload[key] = variable
-        call = relax.call_tir(
-            self._by_workload[key], relax.Tuple(arguments), relax.TensorType(list(shape), dtype)
-        )
+        call = relax.call_tir(self._by_workload[key], relax.Tuple(arguments), relax.TensorType(list(shape), dtype))
         var = relax.DataflowVar(self._unique(f"{name}_out"), relax.TensorType(list(shape), dtype))
         self.bindings.append(relax.VarBinding(var, call))
         return var

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,11 @@ def is_quantized(model: bytes) -> bool:
     return any(node.op_type in quantized for node in onnx.load_from_string(model).graph.node)
 
 
-def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray]) -> bytes:
+def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray], operators: Sequence[str] | None = None) -> bytes:
     """ONNX Runtime's static quantization: uint8 activations, int8 weights per channel, its own preparation first.
 
     ``calibration`` holds one array an input, cut along its first axis into pieces of the input's first dimension.
+    ``operators`` are the ONNX operator types to quantize (None: all that it can).
     """
     _runtime()
     from onnxruntime import quantization
@@ -86,6 +87,7 @@ def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray]) -> bytes:
                 prepared,
                 result,
                 _reader(quantization.CalibrationDataReader, model, calibration),
+                op_types_to_quantize=operators,
                 quant_format=quantization.QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=saturates,

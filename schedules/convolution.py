@@ -63,15 +63,14 @@ def offsets(blocks: Blocks, window: Window, source: Geometry, target: Geometry) 
     """
     tap, word = np.divmod(blocks.columns.astype(np.int64), blocks.words)
     row = len(window.phases()) * source.positions
-    return (word * row + tap_offsets(window, source, target)[tap]).astype(np.int32)
+    return np.asarray(word * row + tap_offsets(window, source, target)[tap], np.int32)
 
 
 def tap_offsets(window: Window, source: Geometry, target: Geometry) -> np.ndarray:
     """The same for each tap of ``window``, within one channel word: int64 ``[taps]``."""
     phases = window.phases()
     shifts = [
-        phases.index(phase) * source.positions + shift[0] * source.pitch + shift[1]
-        for phase, shift in window.taps()
+        phases.index(phase) * source.positions + shift[0] * source.pitch + shift[1] for phase, shift in window.taps()
     ]
     return np.asarray(shifts, np.int64) + (source.base - target.base)
 
@@ -184,9 +183,7 @@ class _Emitter:
             begin, end, weights = self.start[which], self.start[which + 1], 0
         with T.serial(begin, end) as j:
             source = self.offset[j] + position
-            operands = [
-                emit.splat(self.weight[(weights + j) * work.shared + r], lanes) for r in range(work.shared)
-            ]
+            operands = [emit.splat(self.weight[(weights + j) * work.shared + r], lanes) for r in range(work.shared)]
             for v in range(vectors):
                 x = emit.load(self.x, source + v * lanes, lanes)
                 for r, w in enumerate(operands):

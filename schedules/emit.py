@@ -142,6 +142,11 @@ def splat_word(byte: int) -> int:
     return int.from_bytes(bytes([byte] * 4), "little", signed=True)
 
 
+def fill(buffer: Buffer, start: Expr | int, length: int, value: int | float, dtype: str, lanes: int) -> None:
+    """Set ``length`` elements of a flat buffer."""
+    for_strips(length, lanes, lambda i, n: store(buffer, start + i, splat(value, n, dtype), n))
+
+
 def for_strips(length: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
     """``body(offset, count)`` over ``length`` elements: whole vectors first, then the rest one by one."""
     whole, rest = divmod(length, lanes)

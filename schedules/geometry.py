@@ -126,9 +126,9 @@ class Window:
         for phase, shift in self.taps():
             shifts.setdefault(phase[axis], []).append(shift[axis])
         need = 0
-        for phase, along in shifts.items():
+        for remainder, along in shifts.items():
             before, after = max(0, -min(along)), max(0, max(along))
-            reads_pixels_after = after > 0 and self.stride[axis] * target + phase < source
+            reads_pixels_after = after > 0 and self.stride[axis] * target + remainder < source
             need = max(need, before + after if reads_pixels_after else max(before, after))
         return need
 

@@ -159,9 +159,7 @@ def planes(work: Planes, isa: Isa, name: str = "planes") -> tirx.PrimFunc:
 def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Expr, phase: tuple[int, int]) -> None:
     word = emit.splat_word(int(work.fill)) if work.dtype == "uint8" else float(work.fill)
     dtype = "int32" if work.dtype == "uint8" else "float32"
-    emit.for_strips(
-        work.target.positions, isa.lanes, lambda i, n: emit.store(y, out + i, emit.splat(word, n, dtype), n)
-    )
+    emit.fill(y, out, work.target.positions, word, dtype, isa.lanes)
     source, target, stride = work.source, work.target, work.window.stride
     after = [max(s[axis] for p, s in work.window.taps() if p == phase) for axis in (0, 1)]
     heights = min((source.height - 1 - phase[0]) // stride[0] + 1, target.height + max(0, after[0]))
@@ -183,16 +181,16 @@ def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Exp
 def _fill(work: Packing, isa: Isa, y: Buffer, row: Expr) -> None:
     value, dtype = (0.0, "float32") if work.scale is None else (emit.splat_word(work.zero_point), "int32")
     positions = work.geometry.positions
-    emit.for_strips(
-        positions, isa.lanes, lambda i, n: emit.store(y, row * positions + i, emit.splat(value, n, dtype), n)
-    )
+    emit.fill(y, row * positions, positions, value, dtype, isa.lanes)
 
 
 def _quantize(work: Packing, value: Expr, lanes: int) -> Expr:
     """``clamp(round_half_even(x / scale) + zero_point)``; a NaN becomes the zero point."""
     assert work.scale is not None
     scaled = value / emit.splat(work.scale, lanes, "float32")
-    number = tirx.Select(value == value, scaled, emit.splat(0.0, lanes, "float32"))
+    # By its bits: TVM takes ``value == value`` for always true.
+    bits = tirx.bitwise_and(tirx.reinterpret(emit.vector("int32", lanes), value), emit.splat(0x7FFFFFFF, lanes))
+    number = tirx.Select(bits <= emit.splat(0x7F800000, lanes), scaled, emit.splat(0.0, lanes, "float32"))
     return emit.round_to_int(number, 0, 255, work.zero_point, lanes)
 
 

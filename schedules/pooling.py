@@ -58,12 +58,9 @@ def pooling(work: Pooling, isa: Isa, name: str = "pooling") -> tirx.PrimFunc:
         with emit.loop(work.rows, parallel) as row:
             out = row * target.positions
             if mask is not None:
-                for begin, end in ((0, target.base), (target.base + vectors * lanes, target.positions)):
-                    emit.for_strips(
-                        end - begin,
-                        lanes,
-                        lambda i, n, begin=begin: emit.store(y, out + begin + i, emit.splat(padding, n, word), n),
-                    )
+                end = target.base + vectors * lanes
+                emit.fill(y, out, target.base, padding, word, lanes)
+                emit.fill(y, out + end, target.positions - end, padding, word, lanes)
             with emit.loop(vectors) as v:
                 position = v * lanes + target.base
                 start = row * (work.phases * work.source.positions) + position
@@ -143,11 +140,7 @@ def global_average(work: GlobalAverage, isa: Isa, name: str = "global_average") 
         with emit.loop(work.rows) as row:
             if target.is_padded:
                 fill = emit.splat_word(work.output_zero_point) if work.dtype == "uint8" else 0.0
-                emit.for_strips(
-                    target.positions,
-                    isa.lanes,
-                    lambda i, n: emit.store(y, row * target.positions + i, emit.splat(fill, n, word), n),
-                )
+                emit.fill(y, row * target.positions, target.positions, fill, word, isa.lanes)
             with emit.loop(source.batch) as image:
                 start = row * source.positions + source.base + image * source.image
                 sums = _sum_words(work, isa, x, start, count)

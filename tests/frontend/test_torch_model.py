@@ -220,6 +220,12 @@ def test_a_saved_program_is_read_with_its_masks(saved: Path) -> None:
     assert_same(mod, module)
 
 
+def test_a_saved_program_with_static_shapes_needs_no_inputs(tmp_path: Path) -> None:
+    module = net().eval()
+    torch.export.save(torch.export.export(module, (IMAGE, SCALE)), tmp_path / "static.pt2")
+    assert_same(read_pt2(tmp_path / "static.pt2"), module)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
