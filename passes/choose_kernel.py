@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, sparse_blocks
+from pumice.passes.layers import Layer
+from pumice.passes.rewriting import shape_of
+from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, expand_groups, sparse_blocks
 from pumice.schedules.costs import costs_of
 from pumice.schedules.gemv import Slices, slice_rows
 from pumice.targets.isa import Isa
@@ -19,6 +22,15 @@ class Choice:
     weight: Blocks | Slices
     kernel: str
     reason: str
+
+
+def preview(layer: Layer, weight: np.ndarray, isa: Isa) -> Choice:
+    """What would be chosen for a float ``weight`` once it is int8: what is zero now is zero then."""
+    rows = (layer.to_rows(weight) != 0).astype(np.int8)
+    groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
+    positions = math.prod(shape_of(layer.var)) // len(rows)
+    expanded = expand_groups(rows, groups)
+    return choose_slices(expanded, isa) if positions == 1 and rows.shape[1] == 1 else choose_blocks(expanded, isa)
 
 
 def choose_blocks(rows: np.ndarray, isa: Isa) -> Choice:

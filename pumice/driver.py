@@ -25,16 +25,22 @@ from pumice.frontend.masks import apply_masks, read_masks
 from pumice.module import inputs_of, layers_of, output_names_of, source_of, weights_of
 from pumice.passes.calibrate import Calibrate, read_calibration
 from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.choose_kernel import preview
 from pumice.passes.layer_error import RecordLayerErrors
+from pumice.passes.layers import find_layers
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.passes.prune import Prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.simplify import SimplifyModel
 from pumice.passes.sparsity import RecordLayers
+from pumice.targets.isa import isa
 from pumice.targets.library import write_library
 from pumice.targets.target import Target
 from pumice.threads import check_threads
+
+# The targets whose choices ``inspect`` shows.
+PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3")
 
 # A stage begins (None), has ended after so many seconds, or has failed (NaN).
 Progress = Callable[[str, float | None], None]
@@ -158,7 +164,20 @@ def inspect_model(model: Any, inputs: Any = None, masks: str | Path | None = Non
     """What a model holds before compilation, in the form of a manifest without a target."""
     mod = prepare(read_model(model, inputs), CompileOptions(quantize=False), None, masks, Stages(None))
     layers = [_finite(layer.to_json()) for layer in layers_of(mod).values()]
-    return {"source": _source(mod, model), **_signature(mod), "layers": layers}
+    return {"source": _source(mod, model), **_signature(mod), "layers": layers, "targets": _previews(mod)}
+
+
+def _previews(mod: IRModule) -> list[dict[str, Any]]:
+    """What each target would do with each layer in int8: the kernel and the reason."""
+    weights = weights_of(mod)
+    found = [(layer, weights[layer.weight.name]) for layer in find_layers(mod) if layer.weight.name in weights]
+    previews = []
+    for name in PREVIEWED:
+        device = Target.parse(name)
+        choices = {layer.name: preview(layer, weight, isa(device.isa)) for layer, weight in found}
+        layers = {layer: {"kernel": choice.kernel, "reason": choice.reason} for layer, choice in choices.items()}
+        previews.append({"name": name, "isa": device.isa, "layers": layers})
+    return previews
 
 
 def _apply(mod: IRModule, *passes: Any) -> IRModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,7 +24,17 @@ def format_report(manifest: dict[str, Any], width: int) -> str:
         for entry in manifest[kind]:
             shape = "x".join(map(str, entry["shape"])) or "scalar"
             lines.append(f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}")
-    return "\n".join([*lines, "", format_layers(layers, width)])
+    return "\n".join([*lines, "", format_layers(layers, width), *_format_targets(manifest.get("targets", []))])
+
+
+def _format_targets(previews: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each target: how many layers would run on which kind of kernel."""
+    lines = ["", "in int8 each target would run:"] if previews else []
+    for preview in previews:
+        kinds = Counter(choice["kernel"].partition(" int8")[0] for choice in preview["layers"].values())
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        lines.append(f"  {preview['name']:<18} {preview['isa']:<9} {counts}")
+    return lines
 
 
 def format_layers(layers: Sequence[LayerRecord], width: int) -> str:
