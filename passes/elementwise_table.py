@@ -58,10 +58,15 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
         if values is None:
             return None
         operands.append(values)
-    own = _OWN.get(operator)
+    return apply(call, expr, operands)
+
+
+def apply(call: relax.Call, var: relax.Var, operands: list[np.ndarray]) -> np.ndarray | None:
+    """The elementwise operator that computes ``var``, in float64 on numpy operands; None if it is not in the table."""
+    own = _OWN.get(str(call.op.name).removeprefix("relax."))
     if own is not None:
         return np.asarray(own(*operands), np.float64)
-    result = evaluate(call, expr.ty, operands)
+    result = evaluate(call, var.ty, operands)
     return None if result is None or isinstance(result, tuple) else np.asarray(result, np.float64)
 
 

@@ -75,9 +75,9 @@ class Evaluator:
 def _with_taps(mod: IRModule, taps: Sequence[relax.Var]) -> IRModule:
     """``main`` returning one flat tuple: its outputs, then the taps."""
     main = mod["main"]
-    *before, last = main.body.blocks
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
     returned = main.body.body
-    bound = {binding.var: binding.value for block in main.body.blocks for binding in block.bindings}
+    bound = {binding.var: binding.value for binding in bindings}
     if isinstance(returned, relax.Tuple):
         outputs = list(returned.fields)
     elif isinstance(returned.ty, relax.TupleType):
@@ -86,8 +86,8 @@ def _with_taps(mod: IRModule, taps: Sequence[relax.Var]) -> IRModule:
         outputs = [returned]
     everything = relax.Tuple([*outputs, *taps])
     result = relax.Var("values", relax.TupleType([field.ty for field in everything.fields]))
-    block = relax.DataflowBlock([*last.bindings, relax.VarBinding(result, everything)])
-    body = relax.SeqExpr([*before, block], result)
+    block = relax.DataflowBlock([*bindings, relax.VarBinding(result, everything)])
+    body = relax.SeqExpr([block], result)
     func = relax.Function(main.params, body, result.ty, main.is_pure, main.attrs)
     tapped = mod.clone()
     tapped.update_func(mod.get_global_var("main"), func)

@@ -42,14 +42,14 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     """Emit the kernel of ``chain``; False, with the reason in the record, where there is none."""
     layer = chain.layer
     record = builder.records.setdefault(layer.name, _new_record(layer))
-    numbers = _numbers(builder, chain, record)
-    if numbers is None:
-        return False
     if layer.operator == "linear" and is_map(layer.data):
         record.kernel, record.dtype = "tvm", "float32"
         record.reason = (
             "its input has four axes, which the packed form takes for a feature map: runs as a float operator"
         )
+        return False
+    numbers = _numbers(builder, chain, record)
+    if numbers is None:
         return False
     source = _packed_as(builder, layer.data, chain.input_quant)
     if source.quant != chain.input_quant:

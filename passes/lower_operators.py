@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from pumice.passes.dataflow import substitute
-from pumice.passes.elementwise_table import table_of
+from pumice.passes.elementwise_table import apply, table_of
 from pumice.passes.fusion import Quant
 from pumice.passes.numpy_operators import plain
 from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
@@ -20,6 +19,7 @@ from pumice.schedules.elementwise import Add, add, lookup
 from pumice.schedules.geometry import Geometry
 from pumice.schedules.matmul import Matmul, matmul
 from pumice.schedules.normalization import LayerNorm, Softmax, layer_norm, softmax
+from pumice.schedules.pointwise import FUNCTIONS, Pointwise, pointwise
 from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
 
 Rule = Callable[[Builder, relax.Var, relax.Call], bool]
@@ -182,15 +182,15 @@ def _relabel(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
 
 
 def _add(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    values = [builder.packed(operand) for operand in call.args]
-    left, right = values
+    """Two packed uint8 tensors whose sum is quantized, with the activation between; otherwise as any other."""
+    return _add_bytes(builder, var, call) or _elementwise(builder, var, call)
+
+
+def _add_bytes(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    left, right = (builder.packed(operand) for operand in call.args)
     if left is None or right is None or left.geometry != right.geometry or left.channels != right.channels:
         return False
-    if any(shape_of(operand) != shape_of(var) for operand in call.args):
-        return False
-    if left.quant is None and right.quant is None:
-        return _elementwise(builder, var, call)
-    if left.quant is None or right.quant is None:
+    if left.quant is None or right.quant is None or any(shape_of(o) != shape_of(var) for o in call.args):
         return False
     last, low, high = _activation_after(builder, var)
     quant = next_quant(builder, last)
@@ -242,37 +242,82 @@ def _channel_axis(var: relax.Var) -> int:
 
 
 def _elementwise(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    """Relax's own operator, on packed float32: it does not care where an element lies."""
-    activations = [argument for argument in call.args if isinstance(argument, relax.Var)]
-    values = {argument: builder.packed(argument) for argument in activations}
-    known = [value for value in values.values() if value is not None and value.quant is None]
-    if len(known) != len(values) or len({(value.geometry, value.channels) for value in known}) != 1:
+    """float32, element by element: on packed operands, where it does not care how they lie, or on plain ones."""
+    if str(var.ty.dtype) != "float32" or 0 in shape_of(var):
+        return False
+    return _elementwise_packed(builder, var, call) or _elementwise_plain(builder, var, call)
+
+
+def _elementwise_packed(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    activations = [argument for argument in call.args if argument in builder.graph.flow.activations]
+    values = [builder.packed(argument) for argument in activations]
+    known = [value for value in values if value is not None and value.quant is None]
+    numbers = [_number(builder, argument) for argument in call.args if argument not in activations]
+    if len(known) != len(values) or None in numbers or len({(v.geometry, v.channels) for v in known}) != 1:
         return False
     if any(shape_of(argument) != shape_of(var) for argument in activations):
         return False
-    if any(constant.shape not in ((), (1,)) for constant in _constants(call)):  # channels are not where they were
+    first = known[0]
+    if first.geometry.is_padded and not _keeps_zero(builder, var, call):
         return False
-    if known[0].geometry.is_padded and not _keeps_zero(builder, var, call):
-        return False
-    exprs = {argument: value.expr for argument, value in values.items() if value is not None}
-    expr = builder.emit(substitute(call, exprs), var.name)
-    builder.define(var, Packed(expr, known[0].channels, known[0].geometry, None))
+    kinds = tuple("full" if a in activations else _number(builder, a) for a in call.args)
+    work = Pointwise(builder.graph.flow.op(var), first.rows, first.geometry.positions, kinds, builder.threads)
+    size = first.rows * first.geometry.positions
+    flat = [builder.emit(relax.op.reshape(value.expr, (size,)), "flat") for value in known]
+    result = builder.call(work, pointwise, flat, (size,), "float32")
+    expr = builder.emit(relax.op.reshape(result, (first.rows, first.geometry.positions, 1)), var.name)
+    builder.define(var, Packed(expr, first.channels, first.geometry, None))
     return True
+
+
+def _elementwise_plain(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    shape = shape_of(var)
+    tensors, kinds, length = [], [], None
+    for argument in call.args:
+        number = _number(builder, argument)
+        if number is not None:
+            kinds.append(number)
+            continue
+        if not isinstance(argument, relax.Var) or str(argument.ty.dtype) != "float32":
+            return False
+        repeated = _repeated_length(shape_of(argument), shape)
+        if repeated is None or (repeated and length not in (None, repeated)):
+            return False
+        length = repeated or length
+        kinds.append("row" if repeated else "full")
+        tensors.append(argument)
+    size = math.prod(shape)
+    length = length or (shape[-1] if shape and shape[-1] >= 64 else size)
+    work = Pointwise(builder.graph.flow.op(var), size // length, length, tuple(kinds), builder.threads)
+    _call_on_rows(builder, var, tensors, work, pointwise)
+    return True
+
+
+def _repeated_length(operand: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
+    """0 if the operand has the result's shape; the length of its row if that repeats; None for other broadcasts."""
+    if operand == shape:
+        return 0
+    while operand and operand[0] == 1:
+        operand = operand[1:]
+    length = math.prod(operand)
+    is_suffix = operand == shape[len(shape) - len(operand) :] if operand else False
+    return length if is_suffix else None
+
+
+def _number(builder: Builder, argument: relax.Expr) -> float | None:
+    """The value of an operand that is one number known now."""
+    if argument in builder.graph.flow.activations:
+        return None
+    value = builder.graph.array(argument)
+    value = np.asarray(plain(argument)) if value is None and not isinstance(argument, relax.Var) else value
+    return float(value.ravel()[0]) if value is not None and value.dtype != object and value.size == 1 else None
 
 
 def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     """Whether padding that holds zero still does afterwards."""
-    if builder.graph.flow.op(var) == "clip":
-        return bool(plain(call.args[1]) <= 0 <= plain(call.args[2]))
-    if builder.graph.flow.op(var) in ("add", "subtract") and _constants(call):
-        return False
-    return builder.graph.flow.op(var) in _ZERO_TO_ZERO
-
-
-def _constants(call: relax.Call) -> list[np.ndarray]:
-    """The operands whose values are in the graph itself."""
-    values = [plain(argument) for argument in call.args]
-    return [value for value in values if isinstance(value, np.ndarray)]
+    numbers = [_number(builder, argument) for argument in call.args]
+    value = apply(call, var, [np.float64(0 if number is None else number) for number in numbers])
+    return value is not None and not np.any(value)
 
 
 def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
@@ -342,12 +387,6 @@ def next_quant(builder: Builder, var: relax.Var) -> Quant | None:
 
 
 _RESHAPES = ("reshape", "squeeze", "expand_dims", "flatten")
-_ZERO_TO_ZERO = frozenset(
-    {"nn.relu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "tanh", "erf", "abs", "negative", "add", "subtract", "multiply"}
-)
-_ANY = frozenset({"sigmoid", "exp", "sqrt", "square"})
-
-
 OPERATORS: dict[str, Rule] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -361,5 +400,5 @@ OPERATORS: dict[str, Rule] = {
     "nn.softmax": _softmax,
     "nn.layer_norm": _layer_norm,
     **dict.fromkeys(_RESHAPES, _relabel),
-    **dict.fromkeys((_ZERO_TO_ZERO | _ANY | {"clip"}) - {"add"}, _elementwise),
+    **dict.fromkeys(set(FUNCTIONS) - {"add"}, _elementwise),
 }

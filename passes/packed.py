@@ -70,6 +70,8 @@ def window_of(call: relax.Call, kernel: tuple[int, int]) -> Window:
     padding = [int(p) for p in attrs.padding]
     stride = [int(s) for s in attrs.strides]
     dilation = [int(d) for d in attrs.dilation]
+    if kernel == (1, 1) and not any(padding) and _is_pixel(call.args[0]):
+        return Window(kernel)  # nowhere to stride to; pixels of a batch lie side by side
     return Window(kernel, (stride[0], stride[-1]), (dilation[0], dilation[-1]), (padding[0], padding[1 % len(padding)]))
 
 

@@ -8,7 +8,6 @@ import tvm
 from tvm import relax
 from tvm.ir import IRModule
 
-from pumice.passes.legalize_math import LEGALIZATIONS
 from pumice.passes.lower_packed import LowerPacked
 from pumice.targets.target import Target
 
@@ -34,7 +33,7 @@ def lowering(target: Target, options: LowerOptions) -> tvm.transform.Sequential:
             # Phase 1: layers and what runs between them, on packed activations.
             LowerPacked(target, options.threads),
             # Phase 2: what is left becomes TIR, fused and scheduled for a CPU.
-            relax.transform.LegalizeOps(LEGALIZATIONS, skip_ops=["relax.reshape"]),
+            relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),

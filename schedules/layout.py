@@ -174,8 +174,23 @@ def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Exp
                 widths, isa.lanes, lambda i, k: emit.store(y, to + i, emit.load(x, from_ + phase[1] + i, k), k)
             )
         else:
-            with emit.loop(widths) as w:
-                T.buffer_store(y, x[from_ + w * stride[1] + phase[1]], [to + w])
+            _copy_strided(x, y, from_, to, widths, source.width, stride[1], phase[1], isa.lanes)
+
+
+def _copy_strided(
+    x: Buffer, y: Buffer, from_: Expr, to: Expr, count: int, width: int, stride: int, phase: int, lanes: int
+) -> None:
+    """``y[to + i] = x[from_ + i * stride + phase]``; by twos, whole vectors are read and every other word picked."""
+    whole = min(count, width // 2) // lanes if stride == 2 else 0  # of rows that end on an odd pixel read no further
+    if whole:
+        picked = [tirx.const(2 * i + phase, "int32") for i in range(lanes)]
+        with emit.loop(whole) as i:
+            pair = [emit.load(x, from_ + (2 * i + half) * lanes, lanes) for half in (0, 1)]
+            emit.store(y, to + i * lanes, tirx.Shuffle(pair, picked), lanes)
+    if count > whole * lanes:
+        with emit.loop(count - whole * lanes) as i:
+            w = i + whole * lanes
+            T.buffer_store(y, x[from_ + w * stride + phase], [to + w])
 
 
 def _fill(work: Packing, isa: Isa, y: Buffer, row: Expr) -> None:
