@@ -8,6 +8,13 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import inputs_of, weight_vars_of, weights_of
+from pumice.passes.evaluate import Evaluator
+from pumice.passes.simplify import SimplifyModel
+
+
+def run_compiled(mod: IRModule, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs of ``main`` as they are compiled for real: simplified, lowered to Pumice's kernels, built."""
+    return list(Evaluator(SimplifyModel()(mod)).run(inputs).values())
 
 
 def run_module(mod: IRModule, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from onnx.backend.test.case.test_case import TestCase as Case
-from running import run_module
+from running import run_compiled
 
 from pumice.errors import PumiceError
 from pumice.frontend.onnx_model import read_onnx
@@ -217,7 +217,7 @@ def test_gives_the_expected_output_or_is_refused(name):
             read_onnx(model, shapes)
         assert REFUSED[name] in str(refusal.value)
         return
-    got = run_module(read_onnx(model, shapes), feeds)
+    got = run_compiled(read_onnx(model, shapes), feeds)
     expected = case.data_sets[0][1][: len(model.graph.output)]
     assert [a.shape for a in got] == [a.shape for a in expected]
     assert [a.dtype for a in got] == [a.dtype for a in expected]

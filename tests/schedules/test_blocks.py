@@ -1,0 +1,55 @@
+"""A weight as lists of blocks: nothing lost, nothing there that is zero."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pumice.schedules.blocks import count_blocks, dense_blocks, expand_groups, sparse_blocks
+
+
+def rebuilt(blocks):
+    """``[N, taps, C]`` from the lists."""
+    depth = blocks.data.shape[2]
+    lists = blocks.rows // blocks.shared
+    whole = np.zeros((lists, blocks.shared, blocks.taps * blocks.words, depth), blocks.data.dtype)
+    if blocks.is_dense:
+        data = blocks.data.reshape(lists, -1, blocks.shared, depth)
+        whole[:, :, blocks.columns] = data.transpose(0, 2, 1, 3)
+    else:
+        for which in range(lists):
+            for entry in range(blocks.starts[which], blocks.starts[which + 1]):
+                whole[which, :, blocks.columns[entry]] = blocks.data[entry]
+    return whole.reshape(blocks.rows, blocks.taps, blocks.words * depth)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6), st.integers(1, 11), st.integers(1, 4), st.integers(1, 11),
+    st.floats(0, 1), st.sampled_from([np.int8, np.float32]), st.sampled_from([0, 1, 4]),
+)  # fmt: skip
+def test_blocks_hold_the_weight(seed, n, taps, c, density, dtype, shared):
+    rng = np.random.default_rng(seed)
+    rows = (rng.integers(-128, 128, (n, taps, c)) * (rng.random((n, taps, c)) < density)).astype(dtype)
+    blocks = dense_blocks(rows) if shared == 0 else sparse_blocks(rows, shared)
+    whole = rebuilt(blocks)
+    np.testing.assert_array_equal(whole[:n, :, :c], rows)
+    assert not whole[n:].any() and not whole[:, :, c:].any()
+    assert blocks.rows % 4 == 0 and blocks.data.flags.c_contiguous
+    if shared:
+        assert count_blocks(rows, shared) == len(blocks.data) == len(blocks.columns) == blocks.starts[-1]
+        assert blocks.data.any(axis=(1, 2)).all()
+        assert blocks.work == len(blocks.data) * shared
+        assert blocks.nbytes == blocks.data.nbytes + blocks.columns.nbytes + blocks.starts.nbytes
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_expanded_groups_are_zero_outside_their_group(groups):
+    rows = np.arange(1, 1 + 6 * 2 * 12 // groups, dtype=np.int8).reshape(6, 2, 12 // groups)
+    full = expand_groups(rows, groups)
+    assert full.shape == (6, 2, 12)
+    for n in range(6):
+        group = n // (6 // groups)
+        begin = group * (12 // groups)
+        np.testing.assert_array_equal(full[n, :, begin : begin + 12 // groups], rows[n])
+        assert np.count_nonzero(full[n]) == np.count_nonzero(rows[n])

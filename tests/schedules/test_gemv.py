@@ -1,0 +1,119 @@
+"""A matrix times one vector, against the definition."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import ALL_ISAS, RUNNABLE, fold_zero_point, multiply_by
+from reference import Residual as ReferenceResidual
+from reference import layer_float32, linear_accumulate, linear_int8
+
+from pumice.schedules.epilogue import Epilogue, Residual
+from pumice.schedules.gemv import slice_rows
+
+
+def matrix(rng, n, k, density):
+    """int8 ``[N, K]``, blocks of four missing; one row empty, one full."""
+    keep = rng.random((n, -(-k // 4))) < density
+    keep[0], keep[-1] = False, True
+    return (rng.integers(-128, 128, (n, k)) * np.repeat(keep, 4, axis=1)[:, :k]).astype(np.int8)
+
+
+def check_int8(isa_name, seed, n, k, sparse, *, zx=3, zy=5, residual=False, clamp=(0, 255), output="uint8"):
+    rng = np.random.default_rng(seed)
+    weight = matrix(rng, n, k, 0.3 if sparse else 1.0)
+    x = rng.integers(0, 256, k).astype(np.uint8)
+    bias = rng.integers(-3000, 3000, n).astype(np.int32)
+    m = (rng.random(n) * 2e-3 / np.sqrt(k)).astype(np.float32)
+    numbers = {"sparse": sparse, "bias": fold_zero_point(weight, bias, zx), "m": m}
+    if output == "float32":
+        epilogue = Epilogue("float32", None, 0, float("-inf"), float("inf"))
+        got = multiply_by(isa_name, x, weight, epilogue=epilogue, **numbers)
+        np.testing.assert_array_equal(got, layer_float32(linear_accumulate(x, zx, weight.T, bias), m))
+        return
+    other = rng.integers(0, 256, n).astype(np.uint8) if residual else None
+    spec = Residual(float(np.float32(0.37)), 129) if residual else None
+    got = multiply_by(isa_name, x, weight, epilogue=Epilogue("uint8", spec, zy, *clamp), residual=other, **numbers)
+    reference = ReferenceResidual(other, spec.zero_point, spec.multiplier) if residual else None
+    np.testing.assert_array_equal(got, linear_int8(x, zx, weight.T, bias, m, zy, reference, *clamp))
+
+
+@settings(max_examples=40)
+@given(
+    isa_name=st.sampled_from(RUNNABLE),
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 70),
+    k=st.integers(1, 60),
+    sparse=st.booleans(),
+    zx=st.sampled_from([0, 128, 255]),
+    zy=st.sampled_from([0, 7, 255]),
+    residual=st.booleans(),
+    clamp=st.sampled_from([(0, 255), (7, 99)]),
+    output=st.sampled_from(["uint8", "uint8", "float32"]),
+)
+def test_int8_equals_the_definition(isa_name, seed, n, k, sparse, zx, zy, residual, clamp, output):
+    check_int8(isa_name, seed, n, k, sparse, zx=zx, zy=zy, residual=residual, clamp=clamp, output=output)
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_instruction_set_gives_the_same_integers(isa_name, sparse):
+    check_int8(isa_name, 1, 37, 51, sparse, residual=True)
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_one_output(isa_name, sparse):
+    check_int8(isa_name, 2, 1, 13, sparse)
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+def test_extremes_do_not_saturate(isa_name):
+    weight, x = np.full((5, 64), -128, np.int8), np.full(64, 255, np.uint8)
+    epilogue = Epilogue("float32", None, 0, float("-inf"), float("inf"))
+    one = np.ones(5, np.float32)
+    for sparse in (False, True):
+        got = multiply_by(isa_name, x, weight, sparse=sparse, bias=np.zeros(5, np.int32), m=one, epilogue=epilogue)
+        assert (got == -128 * 255 * 64).all()
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS[:1] + ALL_ISAS[-1:])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_weight_of_zeros_leaves_the_bias(isa_name, sparse):
+    bias = np.arange(9, dtype=np.int32)
+    got = multiply_by(isa_name, np.full(8, 200, np.uint8), np.zeros((9, 8), np.int8), sparse=sparse, bias=bias,
+                      m=np.ones(9, np.float32), epilogue=Epilogue("uint8", None, 1))  # fmt: skip
+    np.testing.assert_array_equal(got, bias + 1)
+
+
+@settings(max_examples=15)
+@given(
+    isa_name=st.sampled_from(RUNNABLE),
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 40),
+    k=st.integers(1, 30),
+    sparse=st.booleans(),
+    residual=st.booleans(),
+)
+def test_float_is_close_to_the_definition(isa_name, seed, n, k, sparse, residual):
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((n, k)) * (rng.random((n, k)) < 0.5)).astype(np.float32)
+    x, bias = rng.standard_normal(k).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+    other = rng.standard_normal(n).astype(np.float32) if residual else None
+    epilogue = Epilogue("float32", Residual() if residual else None, 0, 0.0, float("inf"))
+    got = multiply_by(isa_name, x, weight, sparse=sparse, bias=bias, epilogue=epilogue, residual=other)
+    want = weight.astype(np.float64) @ x + bias + (0 if other is None else other)
+    np.testing.assert_allclose(got, np.maximum(want, 0), rtol=1e-5, atol=1e-5 * np.sqrt(k) * 3)
+
+
+def test_sparse_slices_hold_only_what_is_there():
+    weight = matrix(np.random.default_rng(4), 37, 64, 0.2)
+    slices = slice_rows(weight[:, None, :], 16, sparse=True)
+    kept = np.zeros((48, slices.words, 4), np.int8)
+    for which in range(3):
+        for entry in range(slices.starts[which], slices.starts[which + 1]):
+            for lane in range(16):
+                kept[which * 16 + lane, slices.columns[entry, lane]] += slices.data[entry, lane]
+    np.testing.assert_array_equal(kept.reshape(48, -1)[:37], weight)
+    assert slices.nbytes == slices.data.nbytes + slices.columns.nbytes + slices.starts.nbytes
+    assert slices.work == len(slices.data)
