@@ -20,6 +20,8 @@ from pumice.passes.layers import Layer, find_layers
 from pumice.passes.numpy_operators import plain
 from pumice.passes.rewriting import shape_of
 
+RESHAPES = ("reshape", "squeeze", "expand_dims", "flatten")
+
 
 @dataclass(frozen=True)
 class Quant:
@@ -83,6 +85,13 @@ class Graph:
         if self.flow.op(var) != "dequantize" or self.flow.value[var].args[0] not in self.flow.activations:
             return None
         return self.quant(self.flow.value[var])
+
+    def next_quant(self, var: relax.Var) -> Quant | None:
+        """The quantize that alone reads ``var``, possibly behind reshapes: its parameters."""
+        user = self.flow.only_user(var)
+        while user is not None and self.flow.op(user) in RESHAPES:
+            user = self.flow.only_user(user)
+        return self.quant(self.flow.value[user]) if user is not None and self.flow.op(user) == "quantize" else None
 
     @staticmethod
     def name(call: relax.Call) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from tvm import relax
 
-from pumice.passes.elementwise_table import apply, table_of
-from pumice.passes.fusion import Quant
-from pumice.passes.numpy_operators import plain
+from pumice.passes.elementwise_table import table_of
+from pumice.passes.fusion import RESHAPES, Quant
+from pumice.passes.lower_elementwise import lower_add, lower_elementwise
 from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
 from pumice.schedules.convolution import tap_offsets
-from pumice.schedules.elementwise import Add, add, lookup
+from pumice.schedules.elementwise import lookup
 from pumice.schedules.geometry import Geometry
 from pumice.schedules.matmul import Matmul, matmul
 from pumice.schedules.normalization import LayerNorm, Softmax, layer_norm, softmax
-from pumice.schedules.pointwise import FUNCTIONS, Pointwise, pointwise
+from pumice.schedules.pointwise import FUNCTIONS
 from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
 
 Rule = Callable[[Builder, relax.Var, relax.Call], bool]
@@ -87,7 +86,7 @@ def _avg_pool(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
         return False
     if any(int(p) for p in call.attrs.padding) and not call.attrs.count_include_pad:
         return False
-    quant = None if value.quant is None else next_quant(builder, var)
+    quant = None if value.quant is None else builder.graph.next_quant(var)
     if value.quant is not None and quant is None:
         return False
     fill = 0.0 if value.quant is None else float(value.quant.zero_point)
@@ -143,7 +142,7 @@ def _global_average(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
             return False
     elif shape_of(var)[2:] != (1, 1):
         return False
-    quant = None if value.quant is None else next_quant(builder, var)
+    quant = None if value.quant is None else builder.graph.next_quant(var)
     if value.quant is not None and quant is None:
         return False
     batch, pixels = value.geometry.batch, value.geometry.height * value.geometry.width
@@ -181,42 +180,6 @@ def _relabel(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     return True
 
 
-def _add(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    """Two packed uint8 tensors whose sum is quantized, with the activation between; otherwise as any other."""
-    return _add_bytes(builder, var, call) or _elementwise(builder, var, call)
-
-
-def _add_bytes(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    left, right = (builder.packed(operand) for operand in call.args)
-    if left is None or right is None or left.geometry != right.geometry or left.channels != right.channels:
-        return False
-    if left.quant is None or right.quant is None or any(shape_of(o) != shape_of(var) for o in call.args):
-        return False
-    last, low, high = _activation_after(builder, var)
-    quant = next_quant(builder, last)
-    if quant is None:
-        return False
-    words = left.rows * left.geometry.positions
-    work = Add(
-        words,
-        left.quant.zero_point,
-        float(np.float32(left.quant.scale / quant.scale)),
-        right.quant.zero_point,
-        float(np.float32(right.quant.scale / quant.scale)),
-        quant.zero_point,
-        quant.store(low),
-        quant.store(high),
-        builder.threads,
-    )
-    flat = [builder.emit(relax.op.reshape(v.expr, (words, 4)), "words") for v in (left, right)]
-    total = builder.call(work, add, flat, (words, 4), "uint8")
-    expr = builder.emit(relax.op.reshape(total, (left.rows, left.geometry.positions, 4)), "sum")
-    result = Packed(expr, left.channels, left.geometry, quant)
-    zero_is_kept = work.low <= quant.zero_point <= work.high or not left.geometry.is_padded
-    builder.define(last, result if zero_is_kept else builder.repad(result))
-    return True
-
-
 def _concat(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     """Along channels, where all parts but the last are whole words: rows one after the other."""
     if not isinstance(call.args[0], relax.Tuple) or int(call.attrs.axis) % len(shape_of(var)) != _channel_axis(var):
@@ -241,85 +204,6 @@ def _channel_axis(var: relax.Var) -> int:
     return 1 if is_map(var) else len(shape_of(var)) - 1
 
 
-def _elementwise(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    """float32, element by element: on packed operands, where it does not care how they lie, or on plain ones."""
-    if str(var.ty.dtype) != "float32" or 0 in shape_of(var):
-        return False
-    return _elementwise_packed(builder, var, call) or _elementwise_plain(builder, var, call)
-
-
-def _elementwise_packed(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    activations = [argument for argument in call.args if argument in builder.graph.flow.activations]
-    values = [builder.packed(argument) for argument in activations]
-    known = [value for value in values if value is not None and value.quant is None]
-    numbers = [_number(builder, argument) for argument in call.args if argument not in activations]
-    if len(known) != len(values) or None in numbers or len({(v.geometry, v.channels) for v in known}) != 1:
-        return False
-    if any(shape_of(argument) != shape_of(var) for argument in activations):
-        return False
-    first = known[0]
-    if first.geometry.is_padded and not _keeps_zero(builder, var, call):
-        return False
-    kinds = tuple("full" if a in activations else _number(builder, a) for a in call.args)
-    work = Pointwise(builder.graph.flow.op(var), first.rows, first.geometry.positions, kinds, builder.threads)
-    size = first.rows * first.geometry.positions
-    flat = [builder.emit(relax.op.reshape(value.expr, (size,)), "flat") for value in known]
-    result = builder.call(work, pointwise, flat, (size,), "float32")
-    expr = builder.emit(relax.op.reshape(result, (first.rows, first.geometry.positions, 1)), var.name)
-    builder.define(var, Packed(expr, first.channels, first.geometry, None))
-    return True
-
-
-def _elementwise_plain(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    shape = shape_of(var)
-    tensors, kinds, length = [], [], None
-    for argument in call.args:
-        number = _number(builder, argument)
-        if number is not None:
-            kinds.append(number)
-            continue
-        if not isinstance(argument, relax.Var) or str(argument.ty.dtype) != "float32":
-            return False
-        repeated = _repeated_length(shape_of(argument), shape)
-        if repeated is None or (repeated and length not in (None, repeated)):
-            return False
-        length = repeated or length
-        kinds.append("row" if repeated else "full")
-        tensors.append(argument)
-    size = math.prod(shape)
-    length = length or (shape[-1] if shape and shape[-1] >= 64 else size)
-    work = Pointwise(builder.graph.flow.op(var), size // length, length, tuple(kinds), builder.threads)
-    _call_on_rows(builder, var, tensors, work, pointwise)
-    return True
-
-
-def _repeated_length(operand: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
-    """0 if the operand has the result's shape; the length of its row if that repeats; None for other broadcasts."""
-    if operand == shape:
-        return 0
-    while operand and operand[0] == 1:
-        operand = operand[1:]
-    length = math.prod(operand)
-    is_suffix = operand == shape[len(shape) - len(operand) :] if operand else False
-    return length if is_suffix else None
-
-
-def _number(builder: Builder, argument: relax.Expr) -> float | None:
-    """The value of an operand that is one number known now."""
-    if argument in builder.graph.flow.activations:
-        return None
-    value = builder.graph.array(argument)
-    value = np.asarray(plain(argument)) if value is None and not isinstance(argument, relax.Var) else value
-    return float(value.ravel()[0]) if value is not None and value.dtype != object and value.size == 1 else None
-
-
-def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    """Whether padding that holds zero still does afterwards."""
-    numbers = [_number(builder, argument) for argument in call.args]
-    value = apply(call, var, [np.float64(0 if number is None else number) for number in numbers])
-    return value is not None and not np.any(value)
-
-
 def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     """A product of two activations, on plain tensors."""
     left, right = (shape_of(argument) for argument in call.args)
@@ -332,7 +216,7 @@ def _matmul(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
         work = Matmul(1, batch * left[-2], right[-1], left[-1], True, builder.threads)
     else:
         work = Matmul(batch, left[-2], right[-1], left[-1], False, builder.threads)
-    _call_on_rows(builder, var, list(call.args), work, matmul)
+    builder.call_on_rows(var, list(call.args), work, matmul)
     return True
 
 
@@ -341,7 +225,7 @@ def _softmax(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     if str(var.ty.dtype) != "float32" or int(call.attrs.axis) % len(shape) != len(shape) - 1 or 0 in shape:
         return False
     work = Softmax(math.prod(shape[:-1]), shape[-1], builder.threads)
-    _call_on_rows(builder, var, call.args[:1], work, softmax)
+    builder.call_on_rows(var, call.args[:1], work, softmax)
     return True
 
 
@@ -351,42 +235,10 @@ def _layer_norm(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     if str(var.ty.dtype) != "float32" or not is_last or not (attrs.center and attrs.scale) or 0 in shape:
         return False
     work = LayerNorm(math.prod(shape[:-1]), shape[-1], float(attrs.epsilon), builder.threads)
-    _call_on_rows(builder, var, list(call.args), work, layer_norm)
+    builder.call_on_rows(var, list(call.args), work, layer_norm)
     return True
 
 
-def _call_on_rows(builder: Builder, var: relax.Var, operands: list[relax.Expr], work: Any, make: Any) -> None:
-    """Call a kernel that takes plain tensors flat."""
-    flat = [builder.flat(operand) for operand in operands]
-    result = builder.call(work, make, flat, (math.prod(shape_of(var)),), "float32")
-    builder.set_plain(var, builder.emit(relax.op.reshape(result, shape_of(var)), var.name))
-
-
-def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, float, float]:
-    """The activations that alone read ``var``: the last one's variable, and the clamp they make."""
-    flow, low, high = builder.graph.flow, float("-inf"), float("inf")
-    while (user := flow.only_user(var)) is not None:
-        if flow.op(user) == "nn.relu":
-            low, high = max(low, 0.0), max(high, 0.0)
-        elif flow.op(user) == "clip":
-            below, above = (float(plain(bound)) for bound in flow.value[user].args[1:3])
-            low, high = max(low, below), min(max(high, below), above)
-        else:
-            break
-        var = user
-    return var, low, high
-
-
-def next_quant(builder: Builder, var: relax.Var) -> Quant | None:
-    """The quantize that alone reads ``var``, possibly behind reshapes: its parameters."""
-    flow = builder.graph.flow
-    user = flow.only_user(var)
-    while user is not None and flow.op(user) in _RESHAPES:
-        user = flow.only_user(user)
-    return builder.graph.quant(flow.value[user]) if user is not None and flow.op(user) == "quantize" else None
-
-
-_RESHAPES = ("reshape", "squeeze", "expand_dims", "flatten")
 OPERATORS: dict[str, Rule] = {
     "quantize": _quantize,
     "dequantize": _dequantize,
@@ -394,11 +246,11 @@ OPERATORS: dict[str, Rule] = {
     "nn.avg_pool2d": _avg_pool,
     "nn.adaptive_avg_pool2d": _global_average,
     "mean": _global_average,
-    "add": _add,
+    "add": lower_add,
     "concat": _concat,
     "matmul": _matmul,
     "nn.softmax": _softmax,
     "nn.layer_norm": _layer_norm,
-    **dict.fromkeys(_RESHAPES, _relabel),
-    **dict.fromkeys(set(FUNCTIONS) - {"add"}, _elementwise),
+    **dict.fromkeys(RESHAPES, _relabel),
+    **dict.fromkeys(set(FUNCTIONS) - {"add"}, lower_elementwise),
 }

@@ -296,6 +296,14 @@ class Builder:
         self.bindings.append(relax.VarBinding(var, call))
         return var
 
+    def call_on_rows(
+        self, var: relax.Var, operands: list[relax.Expr], work: Work, make: Callable[[Work, Isa, str], tirx.PrimFunc]
+    ) -> None:
+        """Compute the plain ``var`` by a kernel that takes plain float32 tensors flat."""
+        flat = [self.flat(operand) for operand in operands]
+        result = self.call(work, make, flat, (int(np.prod(shape_of(var))),), "float32")
+        self.set_plain(var, self.emit(relax.op.reshape(result, shape_of(var)), var.name))
+
     def constant(self, name: str, value: np.ndarray) -> relax.Var:
         """A weight parameter that holds ``value``; the same name twice is the same parameter."""
         if name not in self._constants:
