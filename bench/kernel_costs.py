@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("TVM_NUM_THREADS", "1")
@@ -55,7 +54,7 @@ def main() -> None:
 def measure(name: str, dtype: str) -> list[float]:
     """Medians over shapes of ns a vector product: dense, sparse, shared, gemv dense, gemv sparse."""
     rng = np.random.default_rng(0)
-    runs: dict[str, list[tuple[Callable[[], None], float]]] = {form: [] for form in ("dense", "1", "4", "gd", "gs")}
+    runs: dict[str, list[tuple[Callable[[], float], float]]] = {form: [] for form in ("dense", "1", "4", "gd", "gs")}
     for n, c, height, width, k in SHAPES:
         window = Window((k, k), padding=(k // 2, k // 2))
         geometry = Geometry(1, height, width, *window.reach((height, width), (height, width)))
@@ -73,15 +72,13 @@ def measure(name: str, dtype: str) -> list[float]:
     return [float(np.median(times)) for times in _time(runs).values()]
 
 
-def _time(runs: dict[str, list[tuple[Callable[[], None], float]]], rounds: int = 15) -> dict[str, list[float]]:
+def _time(runs: dict[str, list[tuple[Callable[[], float], float]]], rounds: int = 15) -> dict[str, list[float]]:
     """Interleaved: every kernel once a round; the median of the rounds in ns, divided by its vector products."""
     seconds: dict[str, list[list[float]]] = {form: [[] for _ in kernels] for form, kernels in runs.items()}
     for _ in range(rounds):
         for form, kernels in runs.items():
             for i, (run, _work) in enumerate(kernels):
-                start = time.perf_counter()
-                run()
-                seconds[form][i].append(time.perf_counter() - start)
+                seconds[form][i].append(run())
     return {
         form: [float(np.median(s)) * 1e9 / work for s, (_, work) in zip(seconds[form], kernels, strict=True)]
         for form, kernels in runs.items()
@@ -102,7 +99,7 @@ def _thin(rng: np.random.Generator, rows: np.ndarray, density: float, shared: in
 
 def _convolution(
     blocks: Blocks, window: Window, geometry: Geometry, name: str, dtype: str
-) -> tuple[Callable[[], None], float]:
+) -> tuple[Callable[[], float], float]:
     depth, packed = (4, "uint8") if dtype == "int8" else (1, "float32")
     places = offsets(blocks, window, geometry, geometry)
     work = Convolution(
@@ -119,7 +116,7 @@ def _convolution(
     return _compiled(convolution(work, isa(name), "kernel"), arrays, name), blocks.work * vectors
 
 
-def _gemv(slices: Slices, rows: int, name: str, dtype: str) -> tuple[Callable[[], None], float]:
+def _gemv(slices: Slices, rows: int, name: str, dtype: str) -> tuple[Callable[[], float], float]:
     depth, packed = (4, "uint8") if dtype == "int8" else (1, "float32")
     work = Gemv(dtype, slices.words, rows, slices.work, slices.starts is None, Epilogue(packed))
     arrays = [np.zeros((slices.words, 1, depth), packed), slices.data]
@@ -130,12 +127,13 @@ def _gemv(slices: Slices, rows: int, name: str, dtype: str) -> tuple[Callable[[]
     return _compiled(gemv(work, isa(name), "kernel"), arrays, name), slices.work
 
 
-def _compiled(kernel: tvm.tirx.PrimFunc, arrays: list[np.ndarray], name: str) -> Callable[[], None]:
+def _compiled(kernel: tvm.tirx.PrimFunc, arrays: list[np.ndarray], name: str) -> Callable[[], float]:
     target = Target.parse(TARGETS.get(name, "x86-64-v2"))
     library = tvm.compile(tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}), target=target.tvm)
-    function, arguments = library["kernel"], [tvm.runtime.tensor(array) for array in arrays]
-    function(*arguments)
-    return lambda: function(*arguments)
+    arguments = [tvm.runtime.tensor(array) for array in arrays]
+    # Timed inside the runtime: a call from Python costs as much as a small kernel.
+    evaluate = library.mod.time_evaluator("kernel", tvm.cpu(), number=5, repeat=1)
+    return lambda: float(evaluate(*arguments).mean)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class _Emitter:
                 for r, w in enumerate(operands):
                     at = r * width + v * lanes
                     old = emit.load(acc, at, lanes)
-                    product = self.isa.dot4(old, x, w) if work.dtype == "int8" else emit.fma(x, w, old, lanes)
+                    product = self.isa.dot4(old, x, w) if work.dtype == "int8" else x * w + old
                     emit.store(acc, at, product, lanes)
 
     def _finish(self, acc: Expr, quad: Expr, row: Expr, position: Expr) -> Expr:

@@ -166,7 +166,7 @@ class _Emitter:
             x = self.x[emit.load(self.columns, entry * lanes, lanes)]
         w = emit.load(self.weight, entry * lanes, lanes)
         old = emit.load(acc, unit * lanes, lanes)
-        new = self.isa.dot4(old, x, w) if self.work.dtype == "int8" else emit.fma(x, w, old, lanes)
+        new = self.isa.dot4(old, x, w) if self.work.dtype == "int8" else x * w + old
         emit.store(acc, unit * lanes, new, lanes)
 
     def _write(self, total: Expr, which: Expr) -> None:

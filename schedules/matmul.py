@@ -50,7 +50,7 @@ def matmul(work: Matmul, isa: Isa, name: str = "matmul") -> tirx.PrimFunc:
                 loaded = [emit.load(b, first_b + i * n + v * lanes, lanes) for v in range(vectors)]
                 for r, v, at in places:
                     left = emit.splat(a[(batch * m + row + r) * k + i], lanes)
-                    emit.store(acc, at, emit.fma(left, loaded[v], emit.load(acc, at, lanes), lanes), lanes)
+                    emit.store(acc, at, left * loaded[v] + emit.load(acc, at, lanes), lanes)
             for r, v, at in places:
                 to = (batch * m + row + r) * n + column + v * lanes
                 emit.store(c, to, emit.load(acc, at, lanes), lanes)
