@@ -18,6 +18,7 @@ def plot(entries: Sequence[Entry], path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
     except ImportError as error:
         raise MissingDependencyError(
             "matplotlib is needed for the plot and is not installed: `pip install matplotlib`"
@@ -32,6 +33,10 @@ def plot(entries: Sequence[Entry], path: Path) -> None:
         )
     axes.set_xscale("log")
     axes.margins(0.15)
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda value, _: f"{value:g}"))
+    heights = [entry.accuracy for entry in entries]
+    axes.set_ylim(min(heights) - 1, max(heights) + 1)  # a tenth of a point is two images: it must not look like a cliff
     axes.set_xlabel("ms for one image (median, p10 to p90; logarithmic)")
     axes.set_ylabel("% of the test images right")
     axes.set_title("Fashion-MNIST: accuracy against time")
