@@ -6,12 +6,15 @@ from pumice.passes.canonicalize_bias import CanonicalizeBias
 from pumice.passes.canonicalize_conv import CanonicalizeConv
 from pumice.passes.canonicalize_linear import CanonicalizeLinear
 from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.correct_bias import CorrectBias
+from pumice.passes.equalize import EqualizeChannels
 from pumice.passes.fold_batch_norm import FoldBatchNorm
 from pumice.passes.fold_constants import FoldConstants
 from pumice.passes.fold_masks import FoldMasks
 from pumice.passes.fuse_gelu import FuseGelu
 from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
 from pumice.passes.layer_error import RecordLayerErrors
+from pumice.passes.lower_packed import LowerPacked
 from pumice.passes.prune import Prune
 from pumice.passes.prune_spec import PruneSpec
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
@@ -20,19 +23,25 @@ from pumice.passes.remove_identities import RemoveIdentities
 from pumice.passes.simplify import SimplifyModel, simplification_passes
 from pumice.passes.sink_below_dequantize import SinkBelowDequantize
 from pumice.passes.sparsity import RecordLayers
+from pumice.passes.weights import AdoptWeights, BindWeights
 
 __all__ = [
+    "AdoptWeights",
+    "BindWeights",
     "Calibrate",
     "CanonicalizeActivations",
     "CanonicalizeBias",
     "CanonicalizeConv",
     "CanonicalizeLinear",
+    "CorrectBias",
+    "EqualizeChannels",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldMasks",
     "FuseGelu",
     "FuseLayerNorm",
     "FuseRMSNorm",
+    "LowerPacked",
     "NoPrunedWeightCameBack",
     "Prune",
     "PruneSpec",

@@ -26,6 +26,12 @@ def lower(mod: IRModule, target: Target, options: LowerOptions | None = None) ->
         return lowering(target, options)(mod)
 
 
+@relax.register_pipeline("pumice.lower")  # type: ignore[untyped-decorator]
+def lower_pipeline(target: str = "native", threads: int = 1) -> tvm.transform.Pass:
+    """``relax.get_pipeline("pumice.lower", target="x86-64-v3")``: the sequence for a target by name."""
+    return lowering(Target.parse(target), LowerOptions(threads))
+
+
 def lowering(target: Target, options: LowerOptions) -> tvm.transform.Sequential:
     """The registered sequence, to splice into a pipeline of one's own."""
     return tvm.transform.Sequential(

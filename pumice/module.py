@@ -86,8 +86,12 @@ def with_layers(mod: IRModule, layers: Mapping[str, LayerRecord]) -> IRModule:
 
 
 def output_names_of(mod: IRModule) -> list[str]:
-    """The outputs' names as in the source, in order."""
-    return [str(name) for name in mod.attrs[_OUTPUTS]]
+    """The outputs' names as in the source, in order; a module from elsewhere has ``output``, ``output_1``, ..."""
+    if mod.attrs and _OUTPUTS in mod.attrs:
+        return [str(name) for name in mod.attrs[_OUTPUTS]]
+    result = mod["main"].ret_ty
+    count = len(result.fields) if isinstance(result, relax.TupleType) else 1
+    return ["output" if i == 0 else f"output_{i}" for i in range(count)]
 
 
 def with_output_names(mod: IRModule, names: list[str]) -> IRModule:
