@@ -93,7 +93,7 @@ class EqualizeChannels:
     def _maxima(self, mod: IRModule, streams: list[Stream]) -> dict[relax.Var, np.ndarray]:
         """The largest magnitude of each channel of the watched tensors."""
         axes = {tensor: stream.axis for stream in streams for tensor in stream.watched}
-        maxima = {}
+        maxima: dict[relax.Var, np.ndarray] = {}
         evaluator = Evaluator(mod, list(axes))
         samples = Samples(mod, self.samples)
         for sample in islice(samples, 0, None, ceil(len(samples) / self.limit)):
