@@ -70,6 +70,10 @@ class Graph:
         value = plain(expr)
         return value if isinstance(value, np.ndarray) else None
 
+    def is_weight(self, name: str) -> bool:
+        """Whether the model has a weight of this name."""
+        return name in self._weights
+
     def quant(self, call: relax.Call) -> Quant | None:
         """The parameters of a per-tensor 8-bit quantize or dequantize, moved to uint8; None for any other."""
         scale, zero_point = self.array(call.args[1]), self.array(call.args[2])

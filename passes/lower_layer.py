@@ -61,10 +61,7 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     residual = _residual(builder, chain, target)
     epilogue = _epilogue(chain, residual)
     one_position = target.positions == 1 and source.geometry.positions == 1
-    if one_position:
-        choice = choose_slices(_pad_channels(numbers.rows, source), builder.isa)
-    else:
-        choice = choose_blocks(numbers.rows, builder.isa)
+    choice = choose_slices(numbers.rows, builder.isa) if one_position else choose_blocks(numbers.rows, builder.isa)
     if isinstance(choice.weight, Slices):
         expr = _emit_gemv(builder, layer, source, numbers, choice.weight, epilogue, residual)
     else:
@@ -170,11 +167,6 @@ def _packed_as(builder: Builder, var: relax.Var, quant: Quant | None) -> Packed:
         return builder.packed_float(var)
     value = builder.packed(var)
     return value if value is not None and value.quant is not None else builder.pack(var, quant)
-
-
-def _pad_channels(rows: np.ndarray, source: Packed) -> np.ndarray:
-    """``rows`` with a zero for each input channel that is stored but not there: float channels come in quads too."""
-    return np.pad(rows, ((0, 0), (0, 0), (0, source.rows * source.depth - rows.shape[2])))
 
 
 def _epilogue(chain: Fused, residual: Packed | None) -> Epilogue:

@@ -49,7 +49,7 @@ def _look_up(builder: Builder, value: Packed, table: np.ndarray, quant: Quant) -
     words = value.rows * value.geometry.positions
     assert value.quant is not None
     flat = builder.emit(relax.op.reshape(value.expr, (words, 4)), "words")
-    constant = builder.constant(f"table {hashlib.sha256(table).hexdigest()[:16]}", table)
+    constant = builder.constant(f"table {hashlib.sha256(table.tobytes()).hexdigest()[:16]}", table)
     looked_up = builder.call(words, lookup, [flat, constant], (words, 4), "uint8")
     shape = (value.rows, value.geometry.positions, 4)
     expr = builder.emit(relax.op.reshape(looked_up, shape), "looked_up")

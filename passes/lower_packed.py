@@ -48,7 +48,9 @@ class LowerPacked:
             if var not in results:
                 _lower_binding(builder, var, value)
             elif not lower_layer(builder, results[var]):
-                for member in results[var].members:
+                for member in results[var].members:  # a rule may make a later one along with its own
+                    if builder.is_known(member):
+                        continue
                     _lower_binding(builder, member, graph.flow.value[member])
         return _finish(mod, builder)
 

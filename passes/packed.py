@@ -176,7 +176,8 @@ class Builder:
     def pack(self, var: relax.Var, quant: Quant | None) -> Packed:
         """Pack the plain form of ``var``, quantizing it if ``quant`` is given."""
         plane, channels = plane_of(var)
-        geometry = self.geometry(plane)
+        # Tokens never have padding: a map one pixel high whose plane looks the same may.
+        geometry = Geometry(*plane) if _is_channels_last(var) else self.geometry(plane)
         work = self._packing(channels, geometry, _is_channels_last(var), quant)
         expr = self.call(work, pack, [self.flat(var)], work.packed_shape, "float32" if quant is None else "uint8")
         return Packed(expr, channels, geometry, quant)
@@ -307,7 +308,10 @@ class Builder:
     def constant(self, name: str, value: np.ndarray) -> relax.Var:
         """A weight parameter that holds ``value``; the same name twice is the same parameter."""
         if name not in self._constants:
-            var = relax.Var(name, relax.TensorType(list(value.shape), str(value.dtype)))
+            own = name
+            while self.graph.is_weight(own):  # the model may have a weight called ``conv.multiplier`` of its own
+                own += "'"
+            var = relax.Var(own, relax.TensorType(list(value.shape), str(value.dtype)))
             self._constants[name] = (var, np.ascontiguousarray(value))
         return self._constants[name][0]
 
@@ -352,7 +356,7 @@ class Builder:
 
     def weights(self, source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The values of ``parameters()``."""
-        made = {name: value for name, (_, value) in self._constants.items()}
+        made = {var.name: value for var, value in self._constants.values()}
         return {var.name: made[var.name] if var.name in made else source[var.name] for var in self.parameters()}
 
     def kernels(self) -> list[tuple[GlobalVar, tirx.PrimFunc]]:

@@ -83,22 +83,39 @@ def to_float(value: Expr, lanes: int) -> Expr:
 def exp(x: Expr, lanes: int) -> Expr:
     """e to the ``x`` in float32, within one unit in the last place or so: Cephes' ``expf``, on vectors.
 
-    Below -87.3 it gives the smallest normal number rather than zero, above 88.3 the largest power.
+    Below -87.3 it gives the smallest normal number rather than zero, above 88.3 the largest power. NaN stays NaN.
     """
     dtype = vector("float32", lanes)
 
     def number(value: float) -> Expr:
         return splat(value, lanes, "float32")
 
-    x = tirx.min(tirx.max(x, number(-87.33654)), number(88.37626))
+    x = at_most(at_least(x, number(-87.33654)), number(88.37626))
     power = llvm("llvm.roundeven", dtype, x * number(1.44269504088896341))
     rest = fma(power, number(2.12194440e-4), fma(power, number(-0.693359375), x, lanes), lanes)
     series = number(1.9875691500e-4)
     for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         series = fma(series, rest, number(coefficient), lanes)
     series = fma(series, rest * rest, rest + number(1.0), lanes)
-    exponent = tirx.Cast(vector("int32", lanes), power) + splat(127, lanes)
+    # The maximum is for NaN alone, which no integer stands for: it comes out of ``series``.
+    exponent = tirx.Cast(vector("int32", lanes), tirx.max(power, number(-126.0))) + splat(127, lanes)
     return series * tirx.reinterpret(dtype, tirx.shift_left(exponent, splat(23, lanes)))
+
+
+def at_least(value: Expr, bound: Expr) -> Expr:
+    """The larger of the two; NaN where ``value`` is NaN (``tirx.max`` would give ``bound``)."""
+    return tirx.Select(value < bound, bound, value)
+
+
+def at_most(value: Expr, bound: Expr) -> Expr:
+    """The smaller of the two; NaN where ``value`` is NaN."""
+    return tirx.Select(value > bound, bound, value)
+
+
+def is_nan(value: Expr, lanes: int) -> Expr:
+    """Whether each float32 is NaN, by its bits: TVM takes ``value == value`` for always true."""
+    bits = tirx.bitwise_and(tirx.reinterpret(vector("int32", lanes), value), splat(0x7FFFFFFF, lanes))
+    return bits > splat(0x7F800000, lanes)
 
 
 def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) -> Expr:

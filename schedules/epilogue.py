@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from tvm import tirx
 
 from pumice.schedules import emit
 from pumice.schedules.emit import Expr
@@ -46,9 +45,9 @@ def finish(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilo
     if epilogue.output == "uint8":
         return emit.round_to_int(value, int(epilogue.low), int(epilogue.high), epilogue.zero_point, lanes)
     if np.isfinite(epilogue.low):
-        value = tirx.max(value, emit.splat(float(epilogue.low), lanes, "float32"))
+        value = emit.at_least(value, emit.splat(float(epilogue.low), lanes, "float32"))
     if np.isfinite(epilogue.high):
-        value = tirx.min(value, emit.splat(float(epilogue.high), lanes, "float32"))
+        value = emit.at_most(value, emit.splat(float(epilogue.high), lanes, "float32"))
     return value
 
 

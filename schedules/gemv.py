@@ -74,9 +74,10 @@ def slice_rows(rows: np.ndarray, lanes: int, sparse: bool) -> Slices:
 class Gemv:
     """One workload. ``rows`` (a multiple of 4) are stored; bias and multiplier are padded to whole slices.
 
-    Arguments in order: x ``[words, 1, depth]``; weight ``[count, lanes, depth]``; columns int32 ``[count, lanes]`` and
-    starts int32 ``[slices + 1]`` (sparse only); bias ``[slices * lanes]`` int32 or float32; multiplier float32 likewise
-    (int8 only); residual like the output (if any); output ``[rows/4, 1, 4]`` uint8 or ``[rows, 1, 1]`` float32.
+    Arguments in order: x ``[source_rows, 1, depth]``; weight ``[count, lanes, depth]``; columns int32
+    ``[count, lanes]`` and starts int32 ``[slices + 1]`` (sparse only); bias ``[slices * lanes]`` int32 or float32;
+    multiplier float32 likewise (int8 only); residual like the output (if any); output ``[rows/4, 1, 4]`` uint8 or
+    ``[rows, 1, 1]`` float32.
     """
 
     dtype: str
@@ -91,6 +92,11 @@ class Gemv:
     def depth(self) -> int:
         """Input channels in a word."""
         return 4 if self.dtype == "int8" else 1
+
+    @property
+    def source_rows(self) -> int:
+        """Rows of the input. Float rows come in quads: what the last ones hold, be it NaN, is never read."""
+        return self.words if self.dtype == "int8" else -(-self.words // 4) * 4
 
 
 def gemv(work: Gemv, isa: Isa, name: str = "gemv") -> tirx.PrimFunc:
@@ -122,7 +128,7 @@ class _Emitter:
     def _declare(self) -> None:
         work, lanes = self.work, self.lanes
         is_int8 = work.dtype == "int8"
-        x = emit.argument("x", (work.words, 1, work.depth), "uint8" if is_int8 else "float32")
+        x = emit.argument("x", (work.source_rows, 1, work.depth), "uint8" if is_int8 else "float32")
         weight = emit.argument("weight", (work.count, lanes, work.depth), work.dtype)
         if not work.is_dense:
             columns = emit.argument("columns", (work.count, lanes), "int32")

@@ -203,9 +203,7 @@ def _quantize(work: Packing, value: Expr, lanes: int) -> Expr:
     """``clamp(round_half_even(x / scale) + zero_point)``; a NaN becomes the zero point."""
     assert work.scale is not None
     scaled = value / emit.splat(work.scale, lanes, "float32")
-    # By its bits: TVM takes ``value == value`` for always true.
-    bits = tirx.bitwise_and(tirx.reinterpret(emit.vector("int32", lanes), value), emit.splat(0x7FFFFFFF, lanes))
-    number = tirx.Select(bits <= emit.splat(0x7F800000, lanes), scaled, emit.splat(0.0, lanes, "float32"))
+    number = tirx.Select(emit.is_nan(value, lanes), emit.splat(0.0, lanes, "float32"), scaled)
     return emit.round_to_int(number, 0, 255, work.zero_point, lanes)
 
 

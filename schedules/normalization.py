@@ -15,7 +15,10 @@ from pumice.targets.isa import Isa, llvm
 
 @dataclass(frozen=True)
 class Softmax:
-    """``y = exp(x - max(x)) / sum(exp(x - max(x)))``. Arguments: x, y float32 ``[rows * length]``."""
+    """``y = exp(x - max(x)) / sum(exp(x - max(x)))``. Arguments: x, y float32 ``[rows * length]``.
+
+    A row with a NaN or +inf, and one of -inf alone, is NaN throughout, as the formula says.
+    """
 
     rows: int
     length: int
@@ -30,7 +33,7 @@ def softmax(work: Softmax, isa: Isa, name: str = "softmax") -> tirx.PrimFunc:
         x, y = emit.arguments(x=((size,), "float32"), y=((size,), "float32"))
         with emit.loop(work.rows, work.threads > 1 and size > _PARALLEL_SIZE) as row:
             rows = _Row(isa, row * work.length, work.length)
-            largest = rows.reduce("fmax", -3.4e38, lambda at, n: emit.load(x, at, n))
+            largest = rows.reduce("fmax", float("-inf"), lambda at, n: emit.load(x, at, n))
 
             def exponent(at: Expr, n: int) -> Expr:
                 value = emit.exp(emit.load(x, at, n) - emit.splat(largest, n, "float32"), n)

@@ -60,6 +60,11 @@ def _number(value: float, lanes: int) -> Expr:
     return emit.splat(value, lanes, "float32")
 
 
+def _with_nan(value: Expr, other: Expr, lanes: int) -> Expr:
+    """``value``, NaN where ``other`` is NaN."""
+    return tirx.Select(emit.is_nan(other, lanes), other, value)
+
+
 def _erf(lanes: int, x: Expr) -> Expr:
     """Within 1.5e-7 of the error function: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26."""
     size = llvm("llvm.fabs", emit.vector("float32", lanes), x)
@@ -81,7 +86,9 @@ def _tanh(lanes: int, x: Expr) -> Expr:
 
 
 def _sigmoid(lanes: int, x: Expr) -> Expr:
-    return _number(1.0, lanes) / (_number(1.0, lanes) + emit.exp(_number(0.0, lanes) - x, lanes))
+    """0 where ``exp`` saturates, lest ``x * sigmoid(x)`` grow again for very negative ``x``."""
+    value = _number(1.0, lanes) / (_number(1.0, lanes) + emit.exp(_number(0.0, lanes) - x, lanes))
+    return tirx.Select(x < _number(-88.0, lanes), _number(0.0, lanes), value)
 
 
 def _gelu(lanes: int, x: Expr) -> Expr:
@@ -99,13 +106,13 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "subtract": lambda lanes, a, b: a - b,
     "multiply": lambda lanes, a, b: a * b,
     "divide": lambda lanes, a, b: a / b,
-    "maximum": lambda lanes, a, b: tirx.max(a, b),
-    "minimum": lambda lanes, a, b: tirx.min(a, b),
-    "clip": lambda lanes, x, low, high: tirx.min(tirx.max(x, low), high),
+    "maximum": lambda lanes, a, b: _with_nan(emit.at_least(a, b), b, lanes),
+    "minimum": lambda lanes, a, b: _with_nan(emit.at_most(a, b), b, lanes),
+    "clip": lambda lanes, x, low, high: emit.at_most(emit.at_least(x, low), high),
     "sqrt": lambda lanes, x: llvm("llvm.sqrt", emit.vector("float32", lanes), x),
-    "negative": lambda lanes, x: _number(0.0, lanes) - x,
+    "negative": lambda lanes, x: _number(-0.0, lanes) - x,
     "abs": lambda lanes, x: llvm("llvm.fabs", emit.vector("float32", lanes), x),
-    "nn.relu": lambda lanes, x: tirx.max(x, _number(0.0, lanes)),
+    "nn.relu": lambda lanes, x: emit.at_least(x, _number(0.0, lanes)),
     "erf": _erf,
     "tanh": _tanh,
     "sigmoid": _sigmoid,

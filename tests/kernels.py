@@ -220,7 +220,9 @@ def multiply_by(
     stored = -(-rows // lanes) * lanes
     work = Gemv("int8" if is_int8 else "float32", slices.words, rows, slices.work, not sparse, epilogue)
     depth = 4 if is_int8 else 1
-    arguments = [np.pad(x, (0, slices.words * depth - len(x))).reshape(-1, 1, depth), slices.data]
+    x_stored = np.full(-(-len(x) // 4) * 4, 99 if is_int8 else np.nan, x.dtype)  # whole words or quads of rows
+    x_stored[: len(x)] = x
+    arguments = [x_stored.reshape(-1, 1, depth), slices.data]
     arguments += [] if slices.columns is None or slices.starts is None else [slices.columns, slices.starts]
     arguments += [padded(bias, stored), *([] if m is None else [padded(m, stored)])]
     shape = (rows // 4, 1, 4) if epilogue.output == "uint8" else (rows, 1, 1)

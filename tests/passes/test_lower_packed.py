@@ -524,3 +524,56 @@ def test_threads_change_nothing():
     net = QuantizedNet(1, 64, 15, 15)
     y = net.conv_layer(net.start(), "a", 64, padding=SAME, relu=True)
     check(net, net.conv_layer(y, "b", 64, padding=SAME, residual=y), threads=2)
+
+
+# Found by fuzzing and review.
+
+
+def test_what_lies_beyond_the_last_channel_is_not_multiplied():
+    """Division leaves NaN and infinity in the channels that fill up a quad."""
+    net = Net(x=(1, 5))
+    a, b = net.linear(net.inputs["x"], "a", 6), net.linear(net.inputs["x"], "b", 6)
+    check_float(net, net.linear(net.emit(relax.op.divide(a, b)), "c", 5), rtol=1e-4)
+
+
+def test_a_weight_of_the_model_may_be_called_as_one_of_a_kernels():
+    net = Net(x=(7, 8))
+    y = net.emit(relax.op.nn.relu(net.linear(net.inputs["x"], "a", 8)))
+    y = net.emit(relax.op.multiply(y, net.floats("a.blocks", 8)))
+    y = net.emit(relax.op.add(y, net.floats("a.bias_packed", 8)))
+    check_float(net, y)
+
+
+def test_tokens_and_a_map_one_pixel_high_lie_apart():
+    """Both are planes of 1 x 3, and only the map needs padding."""
+    net = Net(x=(1, 4, 1, 3))
+    weight = net.floats("a.weight", 4, 4, 1, 3, scale=0.3)
+    y = net.emit(relax.op.nn.relu(net.emit(relax.op.nn.conv2d(net.inputs["x"], weight, padding=(0, 1, 0, 1)))))
+    y = net.emit(relax.op.permute_dims(y, [3, 1, 0, 2]))  # a batch of three pixels
+    check_float(net, net.conv(net.conv(y, "b", 4, padding=1), "c", 4, padding=1))
+
+
+def test_a_sum_after_a_layer_that_cannot_be_int8_is_made_once():
+    """The chain falls back to its operators, of which the sum takes the activation along."""
+    net = QuantizedNet(1, 4, 8, 8)
+    x = net.start()
+    stored = net.parameter("a.weight", net.rng.integers(-100, 100, (4, 4, 3, 3)).astype(np.int8))
+    scale = net.parameter("a.weight.scale", np.full(4, 0.01, np.float32))
+    zeros = relax.const(np.full(4, 3, np.int8), "int8")
+    weight = net.emit(relax.op.dequantize(stored, scale, zeros, axis=0, out_dtype="float32"))
+    y = net.emit(relax.op.nn.conv2d(x.var, weight, padding=SAME))
+    y = net.rounded(y, x.q, 0.1, 128).var
+    other = net.conv_layer(x, "b", 4, padding=SAME)
+    y = net.emit(relax.op.nn.relu(net.emit(relax.op.add(y, other.var))))
+    near_tvm(net, 0.1, net.rounded(y, x.q, 0.1, 0).var)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_is_not_lost_on_the_way(value):
+    net = Net(x=(1, 8))
+    hidden = net.emit(relax.op.nn.relu(net.linear(net.inputs["x"], "a", 8)))
+    hidden = net.emit(relax.op.clip(net.linear(hidden, "b", 8), -1, 1))
+    feed = np.full((1, 8), value, np.float32)
+    feed[0, 1] = -value
+    outputs, _ = run_lowered(net.module(net.emit(relax.op.nn.softmax(hidden))), {"x": feed})
+    assert np.isnan(outputs[0]).all()

@@ -53,6 +53,16 @@ def test_softmax(isa_name, length):
 
 
 @pytest.mark.parametrize("isa_name", ALL_ISAS)
+@pytest.mark.parametrize("length", [3, 16, 37])
+def test_softmax_of_what_has_none_is_nan(isa_name, length):
+    x = floats(np.random.default_rng(4), 5, length)
+    x[0, 0], x[1, length - 1], x[2, length // 2] = np.nan, np.nan, np.inf
+    x[3] = -np.inf
+    y = run_kernel(softmax(Softmax(5, length), isa(isa_name)), isa_name, x.ravel(), garbage((x.size,), "float32"))
+    assert np.isnan(y.reshape(x.shape)[:4]).all() and np.isfinite(y.reshape(x.shape)[4]).all()
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
 @pytest.mark.parametrize("length", [1, 7, 32, 100])
 def test_layer_norm(isa_name, length):
     rng = np.random.default_rng(3)
@@ -93,6 +103,17 @@ def test_exponential_saturates_beyond_its_range(isa_name):
     assert (y[:3] < 2e-38).all() and (y[:3] >= 0).all()
     assert (y[3:6] > 2e38).all() and np.isfinite(y[3:6]).all()
     assert (y[6:] == 1).all()
+
+
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+def test_exponential_of_nan_is_nan(isa_name):
+    def body():
+        a, b = emit.arguments(a=((4,), "float32"), b=((4,), "float32"))
+        emit.store(b, 0, emit.exp(emit.load(a, 0, 4), 4), 4)
+
+    x = np.array([np.nan, 0, -np.nan, 0], np.float32)
+    y = run_kernel(emit.kernel("exp", body), isa_name, x, garbage((4,), "float32"))
+    np.testing.assert_array_equal(y, [np.nan, 1, np.nan, 1])
 
 
 @pytest.mark.parametrize("isa_name", ALL_ISAS)
