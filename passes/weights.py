@@ -15,7 +15,7 @@ from tvm.ir import GenericConst, IRModule
 
 from pumice.errors import ModelError
 from pumice.module import source_of, weights_of, with_weights
-from pumice.passes.rewriting import Rewriter, rewrite, shape_of
+from pumice.passes.rewriting import Rewriter, rewrite
 
 
 @tvm.transform.module_pass(opt_level=0, name="AdoptWeights")
@@ -52,14 +52,14 @@ def _adopt(rewriter: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr 
     if not isinstance(value, relax.Call):
         return None
     kind = "weight" if rewriter.call(value, "nn.conv2d", "nn.conv1d", "matmul") is not None else "constant"
-    arguments = [rewriter.weight(f"{var.name}.{kind}", rewriter.array(a)) if _is_weight(a) else a for a in value.args]
-    return relax.Call(value.op, arguments, value.attrs, value.ty_args)
 
+    def adopted(argument: relax.Expr) -> relax.Expr:
+        array = rewriter.array(argument) if isinstance(argument, GenericConst) else None
+        if array is None or str(array.dtype) not in ("float32", "int8") or array.ndim == 0:
+            return argument
+        return rewriter.weight(f"{var.name}.{kind}", array)
 
-def _is_weight(expr: relax.Expr) -> bool:
-    if not isinstance(expr, GenericConst) or not isinstance(expr.ty, relax.TensorType):
-        return False
-    return str(expr.ty.dtype) in ("float32", "int8") and len(shape_of(expr)) > 0
+    return relax.Call(value.op, [adopted(argument) for argument in value.args], value.attrs, value.ty_args)
 
 
 @tvm.transform.module_pass(opt_level=0, name="BindWeights")
