@@ -87,11 +87,14 @@ def prepare(
     calibration: Feed,
     options: argparse.Namespace,
     onnxruntime_quantizes: Sequence[str] | None = None,
+    keep_float: Sequence[str] = (),
 ) -> Engine:
     """The engine of that name in ``ENGINES`` for ``network`` and its ONNX file.
 
     ``onnxruntime_quantizes``: the operators that ONNX Runtime's quantizer is to treat; all that it can, if None.
+    ``keep_float``: the layers that Pumice leaves in float.
     """
+    int8 = {"calibration": dict(calibration), "keep_float": tuple(keep_float)}
     match name:
         case "torch":
             return torch_engine(network)
@@ -103,9 +106,9 @@ def prepare(
         case "pumice":
             return _pumice("f32", path, options, quantize=False)
         case "pumice-int8":
-            return _pumice("int8", path, options, calibration=dict(calibration))
+            return _pumice("int8", path, options, **int8)
         case _:
-            return _pumice("int8, 90 % zero", path, options, calibration=dict(calibration), prune=PRUNED)
+            return _pumice("int8, 90 % zero", path, options, prune=PRUNED, **int8)
 
 
 def torch_engine(network: torch.nn.Module) -> Engine:

@@ -5,8 +5,8 @@ or three of the 256 values. Where only layers read the tensor, a channel can be 
 producer's weights and bias are multiplied by it, its readers' weights for that channel divided by it.
 
 Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction (arXiv 1906.04721),
-with ranges of activations seen on samples in place of the ranges of weights. Weights need no equal ranges here:
-they have a scale for each output channel.
+with ranges of activations seen on samples in place of the ranges of the producer's weights: those have a scale
+for each output channel, and need no equal ranges.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LARGEST_FACTOR = 64.0
 
 @tvm.transform.module_pass(opt_level=0, name="EqualizeChannels")
 class EqualizeChannels:
-    """Scale channels between float layers so that all channels of a tensor reach the same magnitude.
+    """Scale channels between float layers so that the channels of a tensor reach more nearly the same magnitude.
 
     Before::
 
@@ -53,11 +53,14 @@ class EqualizeChannels:
         y = relu(conv2d(x, w * t) + b * t)
         z = conv2d(y, v / t)
 
-    The same holds across residual adds: all tensors that an add joins share their factors. The graph stays as it
-    is, zero weights stay zero, and what the model computes is the same up to rounding, with one exception: behind
-    ``clip(0, hi)`` a channel is from now on clipped at the largest value that it reached on the samples, at which
-    calibration would cut it off as well. Tensors that anything but layers, ReLUs, pools and residual adds reads,
-    and layers that share weights, are left alone.
+    Where only depthwise layers read ``y``, ``t`` makes all ranges equal; elsewhere it is the square root of that
+    (see ``Stream.share``). Across residual adds the same holds: all tensors that an add joins share their factors.
+
+    The graph stays as it is, zero weights stay zero, and what the model computes is the same up to rounding, with
+    one exception: behind ``clip(0, hi)`` a channel is from now on clipped above what it reached on the samples, and
+    where its range became equal to the widest that is exactly there, where calibration would cut it off as well.
+    Tensors that anything but layers, ReLUs, pools and residual adds reads, and layers that share weights, are left
+    alone.
 
     ``samples`` are as for ``Calibrate``; at most ``limit`` of them, evenly spread, are run. Raises ModelError
     where they do not fit the model.
@@ -115,6 +118,16 @@ class Stream:
     limits: dict[relax.Var, float] = field(default_factory=dict)  # the results of clip(0, hi), with hi
     rounded: list[relax.Var] = field(default_factory=list)  # the tensors that quantization will round
 
+    @property
+    def share(self) -> float:
+        """How much of the way to equal ranges it pays to go, as an exponent of the factors.
+
+        A depthwise layer's weights have a scale for each channel, so dividing them costs nothing. Other readers
+        share one scale among all channels of a row, and the noise that rounding it makes grows with the channels'
+        factors: there the square root leaves activations and weights equally uneven.
+        """
+        return 1.0 if all(_reads_one_channel(layer) for layer in self.consumers) else 0.5
+
     def watch(self, rounded: list[relax.Var]) -> bool:
         """Keep which tensors will be rounded; false where none will be, and there is nothing to gain."""
         self.rounded = [tensor for tensor in self.tensors if tensor in rounded]
@@ -137,7 +150,7 @@ def channel_factors(stream: Stream, maxima: Mapping[relax.Var, np.ndarray]) -> n
     if not alive.any():
         return factors
     relative = np.log(ranges[:, alive] / ranges[:, alive].max(1, keepdims=True)).mean(0)
-    factors[alive] = np.minimum(np.exp(relative.max() - relative), _LARGEST_FACTOR)
+    factors[alive] = np.minimum(np.exp(stream.share * (relative.max() - relative)), _LARGEST_FACTOR)
     for tensor, high in stream.limits.items():
         with np.errstate(divide="ignore"):
             factors = np.minimum(factors, high / maxima[tensor])
@@ -254,6 +267,11 @@ def _is_scalable(layer: Layer, graph: Dataflow) -> bool:
     biased = graph.biased(layer.var)
     bias = graph.bias(biased, layer.var)
     return biased == layer.var or (isinstance(bias, relax.Var) and graph.users[bias] == [biased])
+
+
+def _reads_one_channel(layer: Layer) -> bool:
+    """Whether each output channel is made of a single input channel: depthwise."""
+    return layer.operator == "conv2d" and shape_of(layer.weight)[1] == 1
 
 
 def _produced(graph: Dataflow, layer: Layer) -> list[tuple[str, int]]:

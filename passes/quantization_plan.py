@@ -20,7 +20,8 @@ import numpy as np
 from tvm import relax
 from tvm.ir import IRModule
 
-from pumice.module import weights_of
+from pumice.errors import UsageError
+from pumice.module import source_of, weights_of
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
 
@@ -65,10 +66,14 @@ class QuantizationPlan:
 
 
 def plan_quantization(mod: IRModule, spec: QuantizeSpec) -> QuantizationPlan:
-    """The plan for a simplified module. Layers that are already quantized are not in it."""
+    """The plan for a simplified module. Layers that are already quantized are not in it.
+
+    Raises UsageError where a pattern of ``keep_float`` names no layer: a typing error must not quantize one.
+    """
     graph = Dataflow(mod)
     plan = QuantizationPlan()
     layers = find_layers(mod)
+    _check_patterns(spec, layers, source_of(mod))
     weights = weights_of(mod)
     reasons = {layer.name: _why_float(layer, layers, graph, weights, spec) for layer in layers}
     _spread_over_shared_weights(layers, reasons)
@@ -108,6 +113,14 @@ def quantize_rows(layer: Layer, weight: np.ndarray, scale: np.ndarray) -> np.nda
     with np.errstate(under="ignore"):
         quantized: np.ndarray = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127).astype(np.int8)
     return quantized
+
+
+def _check_patterns(spec: QuantizeSpec, layers: list[Layer], source: str) -> None:
+    for pattern in spec.keep_float:
+        if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+            names = ", ".join(layer.name for layer in layers[:8])
+            known = f"{names}{', ...' if len(layers) > 8 else ''}" or "none"
+            raise UsageError(f"keep float '{pattern}' names no layer of {source}; its layers are {known}")
 
 
 def _why_float(

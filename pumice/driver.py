@@ -26,6 +26,8 @@ from pumice.module import inputs_of, layers_of, output_names_of, source_of, weig
 from pumice.passes.calibrate import Calibrate, read_calibration
 from pumice.passes.check_zeros import NoPrunedWeightCameBack
 from pumice.passes.choose_kernel import preview
+from pumice.passes.correct_bias import CorrectBias
+from pumice.passes.equalize import EqualizeChannels
 from pumice.passes.layer_error import RecordLayerErrors
 from pumice.passes.layers import find_layers
 from pumice.passes.pipeline import LowerOptions, lower
@@ -34,6 +36,7 @@ from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.simplify import SimplifyModel
 from pumice.passes.sparsity import RecordLayers
+from pumice.passes.weights import BindWeights
 from pumice.targets.isa import isa
 from pumice.targets.library import write_library
 from pumice.targets.target import Target
@@ -59,6 +62,8 @@ class CompileOptions:
     keep_float: Sequence[str] = ()
     quantize: bool = True
     threads: int | None = None
+    equalize: bool = True
+    correct_bias: bool = True
 
 
 def compile_model(
@@ -72,6 +77,8 @@ def compile_model(
     masks: str | Path | None = None,
     keep_float: Sequence[str] = (),
     quantize: bool = True,
+    equalize: bool = True,
+    correct_bias: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -82,11 +89,15 @@ def compile_model(
     (or a .npz file of them), cut along its first axis into pieces of the input's first dimension; quantizing needs
     it unless the model carries its scales already. ``prune`` is a specification such as ``magnitude:1x4:0.9``,
     ``masks`` a .safetensors or .npz file of 0/1 arrays by weight name, ``keep_float`` the layers, by name pattern,
-    that stay float32. ``threads`` is what the library runs on by default (None: one for each core).
+    that stay float32. ``equalize`` scales channels to one range before calibration, and ``correct_bias`` takes the
+    mean error of the rounded weights out of the biases (see the passes of these names); both use the calibration
+    data. ``threads`` is what the library runs on by default (None: one for each core).
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
-    options = CompileOptions(target, calibration_method, prune, tuple(keep_float), quantize, threads)
+    pool = check_threads(threads)
+    patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
+    options = CompileOptions(target, calibration_method, prune, patterns, quantize, threads, equalize, correct_bias)
     device = Target.parse(target)
     stage = Stages(progress)
     with stage("read the model"):
@@ -94,7 +105,7 @@ def compile_model(
     mod = prepare(mod, options, _samples(calibration, mod), masks, stage)
     manifest = _describe(mod, device, options, model)
     with stage(f"lower for {device.name}"):
-        lowered = bind_weights(lower(mod, device, LowerOptions(check_threads(threads))))
+        lowered = _apply(lower(mod, device, LowerOptions(pool)), BindWeights())
     manifest["layers"] = [_finite(layer.to_json()) for layer in layers_of(lowered).values()]
     owner = TemporaryDirectory(prefix="pumice-")
     path = Path(owner.name, "model.so")
@@ -136,11 +147,17 @@ def _run_passes(
                 "samples; give --calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
             )
         return _apply(mod, Quantize(spec))
+    if options.equalize:
+        with stage("equalize channels"):
+            mod = _apply(mod, EqualizeChannels(calibration))
     original = mod
     with stage(f"calibrate ({options.calibration_method})"):
         mod = _apply(mod, Calibrate(calibration, options.calibration_method, spec))
     with stage("quantize"):
         mod = _apply(mod, Quantize(spec))
+    if options.correct_bias:
+        with stage("correct biases"):
+            mod = _apply(mod, CorrectBias(original, calibration))
     with stage("measure the error of each layer"):
         return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod)))
 
@@ -149,15 +166,6 @@ def _error_samples(mod: IRModule) -> int:
     """How many samples the error of each layer is measured on: fewer for a large model, where one tells as much."""
     macs = sum(layer.macs for layer in layers_of(mod).values())
     return max(1, min(8, _ERROR_MACS // max(1, macs)))
-
-
-def bind_weights(mod: IRModule) -> IRModule:
-    """``main(inputs..., weights...)`` as ``main(inputs...)``, the weights constants of the library."""
-    main = mod["main"].without_attr("num_input") if "num_input" in mod["main"].attrs else mod["main"]
-    mod = mod.clone()
-    mod.update_func(mod.get_global_var("main"), main)
-    values = {name: tvm.runtime.tensor(array) for name, array in weights_of(mod).items()}
-    return relax.transform.BindParams("main", values)(mod)
 
 
 def inspect_model(model: Any, inputs: Any = None, masks: str | Path | None = None) -> dict[str, Any]:
@@ -206,7 +214,14 @@ class Stages:
 def _samples(
     calibration: Mapping[str, np.ndarray] | str | Path | None, mod: IRModule
 ) -> Mapping[str, np.ndarray] | None:
-    return read_calibration(calibration, mod) if isinstance(calibration, str | Path) else calibration
+    if isinstance(calibration, str | Path):
+        return read_calibration(calibration, mod)
+    if calibration is not None and not isinstance(calibration, Mapping):
+        raise UsageError(
+            f"{source_of(mod)}: the calibration data is of type {type(calibration).__name__}; give a .npz file or a "
+            "dict of arrays by input name"
+        )
+    return calibration
 
 
 def _describe(mod: IRModule, device: Target, options: CompileOptions, model: Any) -> dict[str, Any]:

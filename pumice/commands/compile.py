@@ -8,8 +8,14 @@ import math
 import sys
 from pathlib import Path
 
-from pumice.commands.common import Commands, add_command, add_input_shapes, parse_shapes, terminal_width
-from pumice.errors import UsageError
+from pumice.commands.common import (
+    Commands,
+    add_command,
+    add_input_shapes,
+    parse_shapes,
+    refuse_to_overwrite,
+    terminal_width,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -41,6 +47,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--keep-float", action="append", default=[], metavar="GLOB", help="layers that stay float32 (repeatable)"
     )
+    parser.add_argument("--no-equalize", action="store_true", help="do not scale channels to one range before")
+    parser.add_argument("--no-correct-bias", action="store_true", help="do not take mean rounding errors out of biases")
     parser.add_argument("--no-quantize", action="store_true", help="compile in float32")
     parser.add_argument("--threads", type=int, metavar="N", help="what the library runs on by default")
     parser.add_argument("--json", action="store_true", help="the manifest as JSON instead of the table")
@@ -54,9 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
     output = Path(args.output)
     check_destination(output)
-    for source in filter(None, (args.model, args.calibration, args.masks)):
-        if output.exists() and Path(source).exists() and output.samefile(source):
-            raise UsageError(f"-o {output}: is {source} itself, which would be lost; give another name")
+    refuse_to_overwrite(output, args.model, args.calibration, args.masks)
     artifact = compile_model(
         args.model,
         target=args.target,
@@ -67,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
         masks=args.masks,
         keep_float=args.keep_float,
         quantize=not args.no_quantize,
+        equalize=not args.no_equalize,
+        correct_bias=not args.no_correct_bias,
         threads=args.threads,
         progress=show_progress,
     )

@@ -41,6 +41,15 @@ def test_peers_refuse_what_is_not_the_librarys_model(model_path):
         read_pinned(model_path, {"picture": SHAPE})
     with pytest.raises(ModelError, match="ONNX Runtime"):
         OnnxRuntime(b"not a model", 1)
+    with pytest.raises(ModelError, match="is for 'picture', and the inputs of the model are 'image'"):
+        quantize_int8(read_pinned(model_path, {"image": SHAPE}), {"picture": np.zeros(SHAPE, np.float32)})
+
+
+def test_arguments_of_the_wrong_kind(model_path, samples):
+    with pytest.raises(UsageError, match="of type ndarray"):
+        pumice.compile(model_path, inputs={"image": SHAPE}, calibration=samples)
+    with pytest.raises(UsageError, match=r"'haed' names no layer of .*; its layers are stem, conv, fc"):
+        pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples}, keep_float="haed")
 
 
 def test_a_live_module(samples):
