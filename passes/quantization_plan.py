@@ -136,6 +136,8 @@ def _why_float(
         return f"kept float by the pattern {pattern!r}"
     if layer.data not in graph.activations:
         return "its data is a constant"
+    if graph.op(layer.data) == "dequantize":
+        return "its data was quantized in the model, its weight was not (or with a zero point)"
     if 0 in weights[layer.weight.name].shape:
         return "its weight is empty"
     readers = {one.var for one in layers if one.weight == layer.weight}

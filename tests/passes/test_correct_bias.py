@@ -135,3 +135,14 @@ def test_mean_output_of_a_linear_layer(rows):
     (layer,) = find_layers(net.finish(y=net.linear("fc", net.input("x", (2, rows, 6)), 3, bias=False)))
     data, weight = net.rng.normal(0, 1, (2, rows, 6)), net.rng.normal(0, 1, (6, 3))
     np.testing.assert_allclose(mean_output(layer, weight, data), (data @ weight).mean((0, 1)))
+
+
+def test_sequences_are_left_as_they_are():
+    net = Network()
+    w = net.weight("fc.weight", np.array([[127], [0.4], [-0.4], [0.6]], np.float32))
+    b = net.weight("fc.bias", np.array([5], np.float32))
+    y = net.call("fc", R.matmul(net.input("x", (1, 2, 4)), w))
+    mod = net.finish(y=net.call("fc.biased", R.add(y, b)))
+    samples = {"x": np.array([[[0, 1, 0, 2], [255, 3, 2, 0]]], np.float32)}
+    corrected = CorrectBias(mod, samples)(quantized(mod, samples))
+    np.testing.assert_array_equal(weights_of(corrected)["fc.bias"], [5])
