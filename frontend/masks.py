@@ -44,8 +44,9 @@ def apply_masks(mod: IRModule, masks: Mapping[str, np.ndarray], origin: str = "g
     for name, array in masks.items():
         if name not in weights:
             near = difflib.get_close_matches(name, weights, n=3)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ModelError(f"{origin}: {model} has no weight '{name}'{hint}")
+            known = f"{', '.join(map(repr, list(weights)[:8]))}{', ...' if len(weights) > 8 else ''}"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"its weights are {known or 'none'}"
+            raise ModelError(f"{origin}: {model} has no weight '{name}'; {hint}")
         mask = _as_mask(np.asarray(array), name, origin)
         weight = weights[name]
         if mask.shape != weight.shape:

@@ -14,6 +14,7 @@ from pumice.errors import ModelError, UnsupportedError
 from pumice.frontend.onnx_graph import quote
 
 _PROTOBUF_LIMIT = 2**31  # bytes; protobuf itself cannot read more
+_AXIS_LIMIT = 32  # NumPy's own, before version 2
 _ELEMENT_LIMIT = 2**33  # of one tensor: far above any weight, far below what wraps around in int64 arithmetic
 
 # Where each element type is kept when it is not in raw_data: the field, and how many entries an element takes.
@@ -81,7 +82,7 @@ def read_tensor(tensor: TensorProto, source: str, folder: Path | None) -> np.nda
         )
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
     shape = tuple(tensor.dims)
-    if any(extent < 0 for extent in shape) or math.prod(shape) > _ELEMENT_LIMIT:
+    if len(shape) > _AXIS_LIMIT or any(extent < 0 for extent in shape) or math.prod(shape) > _ELEMENT_LIMIT:
         raise ModelError(f"{place} declares the impossible shape {list(shape)[:8]}; the file is damaged.")
     if tensor.data_location == TensorProto.EXTERNAL:
         return _read_external(tensor, place, folder, dtype, shape)
@@ -105,7 +106,7 @@ def read_sparse_tensor(tensor: onnx.SparseTensorProto, source: str, folder: Path
     """
     place = f"The sparse tensor {quote(tensor.values.name)} of {source}"
     shape = tuple(tensor.dims)
-    if not shape or any(extent < 1 for extent in shape) or math.prod(shape) > _ELEMENT_LIMIT:
+    if not 0 < len(shape) <= _AXIS_LIMIT or any(extent < 1 for extent in shape) or math.prod(shape) > _ELEMENT_LIMIT:
         raise ModelError(f"{place} declares the impossible shape {list(shape)[:8]}; the file is damaged.")
     values = read_tensor(tensor.values, source, folder)
     indices = read_tensor(tensor.indices, source, folder)

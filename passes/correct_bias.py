@@ -38,7 +38,8 @@ class CorrectBias:
     The mean is per output channel, over samples and positions, for the layer's input in the float module. It is
     exact at padded borders too: a convolution is linear, so the mean image goes through it in place of the images.
     A layer without bias gets one. Layers on sequences ``[batch, tokens, C]`` are left as they are: their mean is over
-    padding tokens too, which nobody reads, and on a sentence encoder that cost more than it gained. A module is corrected once: on one that was, the pass does nothing.
+    padding tokens too, which nobody reads, and on a sentence encoder that cost more than it gained. A module is
+    corrected once: on one that was, the pass does nothing.
 
     ``original`` is the float module that was quantized, with the same layers; ``samples`` are as for ``Calibrate``,
     of which at most ``limit``, evenly spread, are run. Raises ModelError where they do not fit the model.

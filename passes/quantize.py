@@ -56,7 +56,7 @@ class Quantize:
         """Quantize ``main``."""
         plan = plan_quantization(mod, self.spec)
         ranges = ranges_of(mod)
-        if plan.tensors and not ranges:  # a layer whose data the model quantized itself needs none
+        if plan.layers and not ranges:
             raise ModelError(
                 f"{source_of(mod)}: layer {plan.layers[0].name} cannot be quantized without calibration data; "
                 "give some, or compile without quantization"

@@ -95,6 +95,8 @@ def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray], operators
                 weight_type=quantization.QuantType.QInt8,
             )
             return Path(result).read_bytes()
+    except ModelError:
+        raise
     except Exception as error:  # its errors share no class but Exception
         raise ModelError(f"ONNX Runtime cannot quantize the model: {first_line(error)}") from error
     finally:
@@ -137,7 +139,11 @@ def _pieces(model: bytes, calibration: Mapping[str, np.ndarray]) -> Iterator[dic
     import onnx
 
     graph = onnx.load_from_string(model).graph
-    sizes = {entry.name: entry.type.tensor_type.shape.dim[0].dim_value for entry in graph.input}
+    given = {tensor.name for tensor in graph.initializer}
+    sizes = {e.name: e.type.tensor_type.shape.dim[0].dim_value for e in graph.input if e.name not in given}
+    if sizes.keys() != calibration.keys():
+        there, wanted = (", ".join(map(repr, names)) or "nothing" for names in (calibration, sizes))
+        raise ModelError(f"the calibration data is for {there}, and the inputs of the model are {wanted}")
     count = min(len(array) // sizes[name] for name, array in calibration.items())
     for i in range(count):
         yield {name: array[i * sizes[name] : (i + 1) * sizes[name]] for name, array in calibration.items()}

@@ -27,10 +27,12 @@ _configured = threading.local()
 def check_threads(threads: int | None) -> int:
     """How many threads to use: ``threads``, no more than there are CPUs; None means one for each physical core.
 
-    Raises UsageError for a number below one.
+    Raises UsageError for a number below one, and for what is no whole number.
     """
     if threads is None:
         return default_threads()
+    if not isinstance(threads, int):
+        raise UsageError(f"the thread count is {threads!r}: give a whole number, or leave it out for one a core")
     if threads < 1:
         raise UsageError(f"the thread count is {threads}: give 1 or more, or leave it out for one a core")
     available = len(allowed_cpus())

@@ -64,8 +64,7 @@ def find_compiler(target: Target) -> list[str]:
 def check_destination(path: str | Path) -> None:
     """Raise UsageError when a file cannot be written at ``path``: asked before a long compilation, not after."""
     path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; give the name of the file to write, such as {path / 'model.so'}")
+    _check_replaceable(path)
     try:
         descriptor, probe = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
         os.close(descriptor)
@@ -77,6 +76,7 @@ def check_destination(path: str | Path) -> None:
 def move_into_place(library: Path, path: Path) -> None:
     """Copy ``library`` to ``path`` through a temporary file beside it. Raises UsageError where it cannot be written."""
     temporary: Path | None = None
+    _check_replaceable(path)
     try:
         with tempfile.NamedTemporaryFile(prefix=f".{path.name[:64]}.", dir=path.parent, delete=False) as file:
             temporary = Path(file.name)
@@ -93,6 +93,14 @@ def move_into_place(library: Path, path: Path) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only a file is replaced by a file: as root, a rename onto ``/dev/null`` would take it from everyone."""
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; give the name of the file to write, such as {path / 'model.so'}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is a device or a pipe, which a file would replace; give the name of a file")
 
 
 def _manifest_source(manifest: dict[str, Any], folder: Path) -> Path:

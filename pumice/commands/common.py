@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pumice.errors import UsageError
@@ -49,9 +51,19 @@ def parse_shapes(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def refuse_to_overwrite(output: str | Path, *sources: str | Path | None) -> None:
+    """Raise UsageError where ``-o`` names a file that the command reads."""
+    for source in sources:
+        if source and Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+            raise UsageError(f"-o {output}: is {source} itself, which would be lost; give another name")
+
+
 def positive(text: str) -> float:
     """A number above zero, for argparse."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pumice.commands.common import Commands, add_command
+from pumice.commands.common import Commands, add_command, refuse_to_overwrite
 
 
 def add_parser(commands: Commands) -> None:
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.outputs:
         check_destination(args.outputs)
+        refuse_to_overwrite(args.outputs, args.library, args.inputs)
     outputs = load(args.library, args.threads)(read_arrays(args.inputs))
     if args.outputs:
         write_arrays(args.outputs, outputs)

@@ -62,7 +62,7 @@ def test_the_origin_of_a_mask_is_recorded() -> None:
     ("masks", "message"),
     [
         ({"fc.weights": np.ones((2, 4))}, r"has no weight 'fc.weights'; did you mean 'fc.weight'"),
-        ({"other": np.ones((2, 4))}, r"has no weight 'other'$"),
+        ({"other": np.ones((2, 4))}, r"has no weight 'other'; its weights are 'fc.weight'$"),
         ({"fc.weight": np.ones((4, 2))}, r"'fc.weight' has the shape 4x2, the weight 2x4"),
         ({"fc.weight": np.full((2, 4), 0.5)}, r"'fc.weight' holds 0.5"),
         ({"fc.weight": np.full((2, 4), np.nan)}, r"'fc.weight' holds nan"),

@@ -95,6 +95,7 @@ BAD_GRAPHS = {
     ),
     "product overflow": (misdeclared([2**32, 2**32], raw_data=b"1234"), ModelError, "impossible shape"),
     "negative extent": (misdeclared([-4, -3], raw_data=bytes(48)), ModelError, "impossible shape"),
+    "300 axes": (misdeclared([1] * 300, raw_data=bytes(4)), ModelError, "impossible shape"),
     "short raw data": (misdeclared([4, 3], raw_data=bytes(44)), ModelError, "44 bytes"),
     "short typed data": (misdeclared([4, 3], float_data=[1.0]), ModelError, "1 values"),
     "strings": (

@@ -7,7 +7,7 @@ from pumice.errors import UsageError
 from pumice.threads import allowed_cpus, check_threads, default_threads
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2"])
 def test_no_threads_are_refused(count):
     with pytest.raises(UsageError, match=str(count)):
         check_threads(count)

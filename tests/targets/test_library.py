@@ -1,4 +1,5 @@
 import errno
+import os
 import shutil
 import subprocess
 
@@ -159,3 +160,13 @@ def test_destinations_are_checked_before_anything_is_compiled(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "model.so"):
         with pytest.raises(UsageError, match=str(path)):
             check_destination(path)
+
+
+def test_a_device_or_pipe_is_not_replaced(tmp_path):
+    source, pipe = tmp_path / "source", tmp_path / "pipe"
+    source.write_text("new")
+    os.mkfifo(pipe)
+    for write in (check_destination, lambda path: move_into_place(source, path)):
+        with pytest.raises(UsageError, match="pipe: is a device or a pipe"):
+            write(pipe)
+    assert pipe.is_fifo()
