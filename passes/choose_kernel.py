@@ -75,4 +75,4 @@ def choose_slices(rows: np.ndarray, isa: Isa) -> Choice:
 def _dense_reason(share: float, limit: float, depth: int) -> str:
     if share > 0.999:
         return f"none of its 1x{depth} blocks is zero" if depth > 1 else "none of its weights is zero"
-    return f"{share:.0%} of its 1x{depth} blocks are left; here sparse pays below {limit:.0%}"
+    return f"{share:.0%} of its 1x{depth} blocks are left, padding included; here sparse pays below {limit:.0%}"

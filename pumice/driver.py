@@ -45,6 +45,9 @@ from pumice.threads import check_threads
 # The targets whose choices ``inspect`` shows.
 PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3")
 
+# A file of 0/1 arrays by weight name, or the arrays.
+Masks = str | Path | Mapping[str, np.ndarray]
+
 # A stage begins (None), has ended after so many seconds, or has failed (NaN).
 Progress = Callable[[str, float | None], None]
 
@@ -74,7 +77,7 @@ def compile_model(
     calibration: Mapping[str, np.ndarray] | str | Path | None = None,
     calibration_method: str = "minmax",
     prune: str | None = None,
-    masks: str | Path | None = None,
+    masks: Masks | None = None,
     keep_float: Sequence[str] = (),
     quantize: bool = True,
     equalize: bool = True,
@@ -86,9 +89,9 @@ def compile_model(
 
     ``model`` is the path of an .onnx or .pt2 file, an ``onnx.ModelProto`` or a ``torch.nn.Module``; ``inputs`` pins
     open shapes by name (for a live module it is the tuple of example inputs). ``calibration`` is one array an input
-    (or a .npz file of them), cut along its first axis into pieces of the input's first dimension; quantizing needs
-    it unless the model carries its scales already. ``prune`` is a specification such as ``magnitude:1x4:0.9``,
-    ``masks`` a .safetensors or .npz file of 0/1 arrays by weight name, ``keep_float`` the layers, by name pattern,
+    (or a .npz file of them), cut along its first axis into pieces of the input's first dimension; quantizing needs it
+    unless the model carries its scales already. ``prune`` is a specification such as ``magnitude:1x4:0.9``, ``masks``
+    0/1 arrays by weight name, or a .safetensors or .npz file of them, ``keep_float`` the layers, by name pattern,
     that stay float32. ``equalize`` scales channels to one range before calibration, and ``correct_bias`` takes the
     mean error of the rounded weights out of the biases (see the passes of these names); both use the calibration
     data. ``threads`` is what the library runs on by default (None: one for each core).
@@ -118,13 +121,16 @@ def prepare(
     mod: IRModule,
     options: CompileOptions,
     calibration: Mapping[str, np.ndarray] | None,
-    masks: str | Path | None,
+    masks: Masks | None,
     stage: Stages,
 ) -> IRModule:
     """The part of the road that no device decides: simplified, masked, pruned, quantized, its errors measured."""
     if masks is not None:
         with stage("apply masks"):  # in the source's own shapes, so before anything is transposed
-            mod = apply_masks(mod, read_masks(masks), f"side file {Path(masks).name}")
+            if isinstance(masks, str | Path):
+                mod = apply_masks(mod, read_masks(masks), f"side file {Path(masks).name}")
+            else:
+                mod = apply_masks(mod, masks, "masks given in Python")
     with tvm.transform.PassContext(opt_level=3, instruments=[NoPrunedWeightCameBack()]):
         return _run_passes(mod, options, calibration, stage)
 
@@ -168,7 +174,7 @@ def _error_samples(mod: IRModule) -> int:
     return max(1, min(8, _ERROR_MACS // max(1, macs)))
 
 
-def inspect_model(model: Any, inputs: Any = None, masks: str | Path | None = None) -> dict[str, Any]:
+def inspect_model(model: Any, inputs: Any = None, masks: Masks | None = None) -> dict[str, Any]:
     """What a model holds before compilation, in the form of a manifest without a target."""
     mod = prepare(read_model(model, inputs), CompileOptions(quantize=False), None, masks, Stages(None))
     layers = [_finite(layer.to_json()) for layer in layers_of(mod).values()]
