@@ -61,6 +61,14 @@ def test_a_live_module(samples):
     np.testing.assert_allclose(output, module(example).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_masks_given_as_arrays(model_path, samples):
+    options = {"inputs": {"image": SHAPE}, "quantize": False}
+    first = pumice.compile(model_path, **options).layers[0]
+    compiled = pumice.compile(model_path, **options, masks={first.weight: np.zeros(first.shape, bool)})
+    assert compiled.layers[0].sparsity == 1.0
+    assert compiled.layers[0].pruned_by == "masks given in Python"
+
+
 def test_every_instruction_set_of_this_machine_gives_the_same_numbers(model_path, samples):
     from pumice.targets.detect import host_features
     from pumice.targets.target import Target
