@@ -12,7 +12,7 @@ import numpy as np
 from tvm import relax
 
 from pumice.passes.fusion import Quant
-from pumice.passes.numpy_operators import evaluate, plain
+from pumice.passes.numpy_operators import evaluate
 from pumice.passes.rewriting import shape_of
 
 if TYPE_CHECKING:
@@ -44,15 +44,9 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
         return None
     operands = []
     for argument in call.args:
-        constant = builder.graph.array(argument) if not isinstance(argument, relax.Var) else None
-        if constant is None and not isinstance(argument, relax.Var):
-            constant = np.asarray(plain(argument))
-        if isinstance(argument, relax.Var) and argument in builder.graph.flow.weights:
-            constant = builder.graph.array(argument)
-        if constant is not None:
-            if constant.size != 1:
-                return None
-            operands.append(constant.reshape(()))
+        number = builder.graph.number(argument)
+        if number is not None:
+            operands.append(np.asarray(number))
             continue
         values = _values(builder, argument, leaves)
         if values is None:

@@ -97,6 +97,23 @@ class Graph:
             user = self.flow.only_user(user)
         return self.quant(self.flow.value[user]) if user is not None and self.flow.op(user) == "quantize" else None
 
+    def clamp(self, var: relax.Var, low: float, high: float) -> tuple[float, float] | None:
+        """The bounds of a value that was clamped to ``[low, high]`` after the ReLU or clip that makes ``var``."""
+        if self.flow.op(var) == "nn.relu":
+            return max(low, 0.0), max(high, 0.0)
+        if self.flow.op(var) == "clip":
+            below, above = (float(plain(bound)) for bound in self.flow.value[var].args[1:3])
+            return max(low, below), min(max(high, below), above)
+        return None
+
+    def number(self, expr: relax.Expr) -> float | None:
+        """The value of an operand that is one number known now; None for any other."""
+        if expr in self.flow.activations:
+            return None
+        value = self.array(expr)
+        value = np.asarray(plain(expr)) if value is None and not isinstance(expr, relax.Var) else value
+        return float(value.ravel()[0]) if value is not None and value.dtype != object and value.size == 1 else None
+
     @staticmethod
     def name(call: relax.Call) -> str:
         """The operator's name without ``relax.``."""
@@ -144,11 +161,9 @@ def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
     if chain.quant is not None:
         return _through_rounding(graph, chain, user, taken)
     call, operator = flow.value[user], flow.op(user)
-    if operator == "nn.relu":
-        return _grow(chain, user, low=max(chain.low, 0.0), high=max(chain.high, 0.0))
-    if operator == "clip":
-        low, high = (float(plain(bound)) for bound in call.args[1:3])
-        return _grow(chain, user, low=max(chain.low, low), high=min(max(chain.high, low), high))
+    clamp = graph.clamp(user, chain.low, chain.high)
+    if clamp is not None:
+        return _grow(chain, user, low=clamp[0], high=clamp[1])
     if operator == "quantize" and chain.input_quant is not None:
         quant = graph.quant(call)
         return None if quant is None else _grow(chain, user, quant=quant)

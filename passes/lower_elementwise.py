@@ -8,7 +8,6 @@ import numpy as np
 from tvm import relax
 
 from pumice.passes.elementwise_table import apply
-from pumice.passes.numpy_operators import plain
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.rewriting import shape_of
 from pumice.schedules.elementwise import Add, add
@@ -62,7 +61,7 @@ def _elementwise_packed(builder: Builder, var: relax.Var, call: relax.Call) -> b
     activations = [argument for argument in call.args if argument in builder.graph.flow.activations]
     values = [builder.packed(argument) for argument in activations]
     known = [value for value in values if value is not None and value.quant is None]
-    numbers = [_number(builder, argument) for argument in call.args if argument not in activations]
+    numbers = [builder.graph.number(argument) for argument in call.args if argument not in activations]
     if len(known) != len(values) or None in numbers or len({(v.geometry, v.channels) for v in known}) != 1:
         return False
     if any(shape_of(argument) != shape_of(var) for argument in activations):
@@ -70,7 +69,7 @@ def _elementwise_packed(builder: Builder, var: relax.Var, call: relax.Call) -> b
     first = known[0]
     if first.geometry.is_padded and not _keeps_zero(builder, var, call):
         return False
-    kinds = tuple("full" if number is None else number for number in (_number(builder, a) for a in call.args))
+    kinds = tuple("full" if number is None else number for number in (builder.graph.number(a) for a in call.args))
     work = Pointwise(builder.graph.flow.op(var), first.rows, first.geometry.positions, kinds, builder.threads)
     size = first.rows * first.geometry.positions
     flat = [builder.emit(relax.op.reshape(value.expr, (size,)), "flat") for value in known]
@@ -86,7 +85,7 @@ def _elementwise_plain(builder: Builder, var: relax.Var, call: relax.Call) -> bo
     kinds: list[str | float] = []
     length = None
     for argument in call.args:
-        number = _number(builder, argument)
+        number = builder.graph.number(argument)
         if number is not None:
             kinds.append(number)
             continue
@@ -116,32 +115,19 @@ def _repeated_length(operand: tuple[int, ...], shape: tuple[int, ...]) -> int | 
     return length if is_suffix else None
 
 
-def _number(builder: Builder, argument: relax.Expr) -> float | None:
-    """The value of an operand that is one number known now."""
-    if argument in builder.graph.flow.activations:
-        return None
-    value = builder.graph.array(argument)
-    value = np.asarray(plain(argument)) if value is None and not isinstance(argument, relax.Var) else value
-    return float(value.ravel()[0]) if value is not None and value.dtype != object and value.size == 1 else None
-
-
 def _keeps_zero(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     """Whether padding that holds zero still does afterwards."""
-    numbers = [_number(builder, argument) for argument in call.args]
+    numbers = [builder.graph.number(argument) for argument in call.args]
     value = apply(call, var, [np.asarray(0.0 if number is None else number) for number in numbers])
     return value is not None and not np.any(value)
 
 
 def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, float, float]:
     """The activations that alone read ``var``: the last one's variable, and the clamp they make."""
-    flow, low, high = builder.graph.flow, float("-inf"), float("inf")
-    while (user := flow.only_user(var)) is not None:
-        if flow.op(user) == "nn.relu":
-            low, high = max(low, 0.0), max(high, 0.0)
-        elif flow.op(user) == "clip":
-            below, above = (float(plain(bound)) for bound in flow.value[user].args[1:3])
-            low, high = max(low, below), min(max(high, below), above)
-        else:
+    graph, low, high = builder.graph, float("-inf"), float("inf")
+    while (user := graph.flow.only_user(var)) is not None:
+        clamp = graph.clamp(user, low, high)
+        if clamp is None:
             break
-        var = user
+        var, (low, high) = user, clamp
     return var, low, high

@@ -105,28 +105,32 @@ def _pool(
     rows = value.rows
     moved = builder.move(value, target, window, fill, always=kind == "maximum")
     taps = tuple(int(offset) for offset in tap_offsets(window, moved.geometry, target))
-    multiplier = 1.0 / len(taps)
-    zero_point, out_zero = 0, 0
-    if value.quant is not None and quant is not None:
-        multiplier *= value.quant.scale / quant.scale
-        zero_point, out_zero = value.quant.zero_point, quant.zero_point
+    multiplier, zero_point, out_zero = _mean_of(len(taps), value.quant, quant)
     work = Pooling(
-        kind,
-        value.dtype,
-        rows,
-        len(window.phases()),
-        moved.geometry,
-        target,
-        taps,
-        zero_point,
-        float(np.float32(multiplier)),
-        out_zero,
-        builder.threads,
+        kind=kind,
+        dtype=value.dtype,
+        rows=rows,
+        phases=len(window.phases()),
+        source=moved.geometry,
+        target=target,
+        offsets=taps,
+        zero_point=zero_point,
+        multiplier=multiplier,
+        output_zero_point=out_zero,
+        threads=builder.threads,
     )
     arguments = [moved.expr, *builder.mask(target)]
     expr = builder.call(work, pooling, arguments, (rows, target.positions, value.depth), value.dtype)
     builder.define(var, Packed(expr, value.channels, target.normalized(), quant))
     return True
+
+
+def _mean_of(count: int, source: Quant | None, target: Quant | None) -> tuple[float, int, int]:
+    """What turns a sum of ``count`` values into their mean: multiplier (a float32), input and output zero point."""
+    if source is None or target is None:
+        return float(np.float32(1.0 / count)), 0, 0
+    multiplier = 1.0 / count * (source.scale / target.scale)
+    return float(np.float32(multiplier)), source.zero_point, target.zero_point
 
 
 def _is_plain_pool(call: relax.Call) -> bool:
@@ -150,14 +154,8 @@ def _global_average(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     if shape_of(source)[2:] == (1, 1):
         return False
     target = Geometry(batch, 1, 1)
-    multiplier = 1.0 / pixels
-    zero_point, out_zero = 0, 0
-    if value.quant is not None and quant is not None:
-        multiplier *= value.quant.scale / quant.scale
-        zero_point, out_zero = value.quant.zero_point, quant.zero_point
-    work = GlobalAverage(
-        value.dtype, value.rows, value.geometry, target, zero_point, float(np.float32(multiplier)), out_zero
-    )
+    multiplier, zero_point, out_zero = _mean_of(pixels, value.quant, quant)
+    work = GlobalAverage(value.dtype, value.rows, value.geometry, target, zero_point, multiplier, out_zero)
     shape = (value.rows, target.positions, value.depth)
     expr = builder.call(work, global_average, [value.expr], shape, value.dtype)
     builder.define(var, Packed(expr, value.channels, target.normalized(), quant))

@@ -352,7 +352,8 @@ class Builder:
         """The weight parameters that are read: the source's own that are left, then the kernels'."""
         read = {operand for binding in self.bindings for operand in operands(binding.value)}
         own = [var for var in self.graph.flow.weights if var in read]
-        return [*sorted(own, key=lambda var: var.name), *(var for var, _ in self._constants.values())]
+        made = [var for var, _ in self._constants.values() if var in read]
+        return [*sorted(own, key=lambda var: var.name), *made]
 
     def weights(self, source: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The values of ``parameters()``."""
