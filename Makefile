@@ -6,10 +6,17 @@ BIN := .venv/bin
 FOLDERS := frontend passes schedules targets
 SOURCES := pumice $(FOLDERS) tests bench
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo bench test test-slow lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/pumice demo --out out/demo
+
+# Out of the packages that are installed, no other data. BENCH_OPTIONS='--seconds 5' for a short look.
+bench: .venv/bench.stamp
+	$(BIN)/python -m bench.machine
+	$(BIN)/python -m bench.layers $(BENCH_OPTIONS)
+	$(BIN)/python -m bench.networks_speed $(BENCH_OPTIONS)
+	$(BIN)/python -m bench.plots
 
 test: lint
 	$(BIN)/pytest -n 2 -m "not slow"
@@ -34,6 +41,10 @@ format: .venv/test.stamp
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+.venv/bench.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[bench-models]' '$(TORCH)'
 	@touch $@
 
 # PyTorch is an extra of the product, and only the tests of its frontend need it.

@@ -15,13 +15,20 @@ import numpy as np
 import torch
 
 import pumice
-from pumice.bench import measure
-from pumice.peers import OnnxRuntime, quantize_int8
+from bench.tables import markdown, number
+from pumice.bench import Timing, measure
+from pumice.peers import PEERS, quantize_int8
 
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[Feed], np.ndarray]
 
-ENGINES = ("torch", "onnxruntime", "onnxruntime-int8", "pumice", "pumice-int8", "pumice-sparse")
+ENGINES = (
+    "torch",
+    *(name for peer in PEERS for name in (peer, f"{peer}-int8")),
+    "pumice",
+    "pumice-int8",
+    "pumice-sparse",
+)
 PRUNED = "magnitude:1x4:0.9"
 
 
@@ -32,13 +39,23 @@ class Engine:
     name: str
     run: Run
     metrics: dict[str, float] = field(default_factory=dict)
-    milliseconds: float | None = None  # median of one inference
+    timing: Timing | None = None  # of one inference
     megabytes: float | None = None
     compile_seconds: float | None = None
 
     def run_all(self, feed: Feed) -> np.ndarray:
         """The outputs of all samples, one inference each, joined along the first axis."""
         return np.concatenate([self.run(sample) for sample in samples_of(feed)])
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of it, for a file."""
+        known = {
+            "name": self.name,
+            **self.metrics,
+            "megabytes": self.megabytes,
+            "compile_seconds": self.compile_seconds,
+        }
+        return known | (self.timing.to_json() if self.timing else {}) | {"name": self.name}
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -86,29 +103,28 @@ def prepare(
     path: Path,
     calibration: Feed,
     options: argparse.Namespace,
-    onnxruntime_quantizes: Sequence[str] | None = None,
+    quantized_operators: Sequence[str] | None = None,
     keep_float: Sequence[str] = (),
 ) -> Engine:
     """The engine of that name in ``ENGINES`` for ``network`` and its ONNX file.
 
-    ``onnxruntime_quantizes``: the operators that ONNX Runtime's quantizer is to treat; all that it can, if None.
-    ``keep_float``: the layers that Pumice leaves in float.
+    ``quantized_operators``: those that ONNX Runtime's quantizer, which makes the int8 model of the other engines, is to
+    treat; all that it can, if None. ``keep_float``: the layers that Pumice leaves in float.
     """
-    int8 = {"calibration": dict(calibration), "keep_float": tuple(keep_float)}
-    match name:
-        case "torch":
-            return torch_engine(network)
-        case "onnxruntime":
-            return _onnxruntime("f32", path.read_bytes(), options.threads)
-        case "onnxruntime-int8":
-            quantized = quantize_int8(path.read_bytes(), calibration, onnxruntime_quantizes)
-            return _onnxruntime("int8", quantized, options.threads)
-        case "pumice":
-            return _pumice("f32", path, options, quantize=False)
-        case "pumice-int8":
-            return _pumice("int8", path, options, **int8)
-        case _:
-            return _pumice("int8, 90 % zero", path, options, prune=PRUNED, **int8)
+    peer, _, int8 = name.partition("-")
+    if peer in PEERS:
+        content = path.read_bytes()
+        quantized = quantize_int8(content, calibration, quantized_operators) if int8 else content
+        return peer_engine(peer, quantized, "int8" if int8 else "f32", options.threads)
+    if name == "torch":
+        return torch_engine(network)
+    how = {"calibration_method": options.method} if options.method else {}
+    if name == "pumice":
+        return pumice_engine(path, "f32", options.target, options.threads, quantize=False, **how)
+    how |= {"calibration": dict(calibration), "keep_float": tuple(keep_float)}
+    if name == "pumice-sparse":
+        return pumice_engine(path, "int8, 90 % zero", options.target, options.threads, prune=PRUNED, **how)
+    return pumice_engine(path, "int8", options.target, options.threads, **how)
 
 
 def torch_engine(network: torch.nn.Module) -> Engine:
@@ -122,20 +138,20 @@ def torch_engine(network: torch.nn.Module) -> Engine:
     return Engine("torch f32", run)
 
 
-def _onnxruntime(kind: str, model: bytes, threads: int) -> Engine:
-    session = OnnxRuntime(model, threads)
-    return Engine(f"ONNX Runtime {kind}", lambda feed: _first(session.run(feed)), megabytes=len(model) / 1e6)
+def peer_engine(peer: str, model: bytes, kind: str, threads: int) -> Engine:
+    """An ONNX model on the engine of that name in ``PEERS``; ``kind`` says in the table what the model is."""
+    session = PEERS[peer](model, threads)
+    return Engine(f"{session.title} {kind}", lambda feed: _first(session.run(feed)), megabytes=len(model) / 1e6)
 
 
-def _pumice(kind: str, path: Path, options: argparse.Namespace, **how: Any) -> Engine:
+def pumice_engine(path: Path, kind: str, target: str, threads: int, **how: Any) -> Engine:
+    """An ONNX file compiled by ``pumice.compile`` with the options ``how``; the library is written beside it."""
     library = path.with_suffix("." + re.sub("[^0-9a-z]+", "-", kind) + ".so")
-    if options.method:
-        how["calibration_method"] = options.method
     started = time.perf_counter()
-    artifact = pumice.compile(path, target=options.target, threads=options.threads, **how)
+    artifact = pumice.compile(path, target=target, threads=threads, **how)
     seconds = time.perf_counter() - started
     artifact.save(library)
-    model = pumice.load(library, threads=options.threads)
+    model = pumice.load(library, threads=threads)
     megabytes = library.stat().st_size / 1e6
     return Engine(f"Pumice {kind}", lambda feed: _first(model(feed)), megabytes=megabytes, compile_seconds=seconds)
 
@@ -151,37 +167,31 @@ def samples_of(feed: Feed) -> Iterator[dict[str, np.ndarray]]:
 
 
 def time_together(engines: Sequence[Engine], sample: Feed, seconds: float) -> None:
-    """Set every engine's median time for one sample; they take turns for ``seconds`` in all."""
+    """Set every engine's time for one sample; they take turns for ``seconds`` in all."""
 
     def call(engine: Engine) -> Callable[[], np.ndarray]:
         return lambda: engine.run(sample)
 
     timings = measure({engine.name: call(engine) for engine in engines}, seconds)
     for engine, timing in zip(engines, timings, strict=True):
-        engine.milliseconds = timing.median
+        engine.timing = timing
 
 
 def report(engines: Sequence[Engine], options: argparse.Namespace, **facts: object) -> None:
     """Print the table, and write it with ``facts`` as JSON where that is asked for."""
     print(table(engines))
     if options.json:
-        rows = [{name: value for name, value in vars(engine).items() if name != "run"} for engine in engines]
+        rows = [engine.to_json() for engine in engines]
         options.json.write_text(json.dumps({**facts, "threads": options.threads, "engines": rows}, indent=1) + "\n")
 
 
 def table(engines: Sequence[Engine]) -> str:
     """The results as a Markdown table."""
     metrics = list(dict.fromkeys(name for engine in engines for name in engine.metrics))
-    lines = [["engine", *metrics, "ms", "MB", "compile s"]]
+    rows = [["engine", *metrics, "ms", "p10", "p90", "MB", "compile s"]]
     for engine in engines:
-        measured = [_number(engine.metrics.get(name), 4) for name in metrics]
-        costs = [(engine.milliseconds, 2), (engine.megabytes, 1), (engine.compile_seconds, 1)]
-        lines.append([engine.name, *measured, *(_number(value, digits) for value, digits in costs)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+        measured = [number(engine.metrics.get(name), 4) for name in metrics]
+        timing = engine.timing
+        spread = [number(value, 3) for value in ((timing.median, timing.p10, timing.p90) if timing else (None,) * 3)]
+        rows.append([engine.name, *measured, *spread, number(engine.megabytes, 1), number(engine.compile_seconds, 1)])
+    return markdown(rows)

@@ -7,27 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class MiniLM(nn.Module):
-    """BERT with six layers of width 384, mean pooling over the real tokens and a unit-length result.
+class Bert(nn.Module):
+    """BERT with mean pooling over the real tokens and a unit-length result.
 
-    Token ids, mask and types ``[B, T]`` (int64) to sentence embeddings ``[B, 384]``.
-    Source: MiniLM (arXiv 2002.10957), Sentence-BERT (arXiv 1908.10084).
+    Token ids, mask and types ``[B, T]`` (int64) to sentence embeddings ``[B, width]``.
+    Source: BERT (arXiv 1810.04805), Sentence-BERT (arXiv 1908.10084).
     """
 
-    WIDTH, LAYERS, HIDDEN, TOKENS, POSITIONS = 384, 6, 1536, 30522, 512
+    HEADS, TOKENS, POSITIONS = 12, 30522, 512
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.embeddings = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(self.TOKENS, self.WIDTH),
-                "position_embeddings": nn.Embedding(self.POSITIONS, self.WIDTH),
-                "token_type_embeddings": nn.Embedding(2, self.WIDTH),
-                "LayerNorm": nn.LayerNorm(self.WIDTH, eps=1e-12),
+                "word_embeddings": nn.Embedding(self.TOKENS, width),
+                "position_embeddings": nn.Embedding(self.POSITIONS, width),
+                "token_type_embeddings": nn.Embedding(2, width),
+                "LayerNorm": nn.LayerNorm(width, eps=1e-12),
             }
         )
         self.encoder = nn.ModuleDict(
-            {"layer": nn.ModuleList(_EncoderLayer(self.WIDTH, self.HIDDEN) for _ in range(self.LAYERS))}
+            {"layer": nn.ModuleList(_EncoderLayer(width, 4 * width, self.HEADS) for _ in range(layers))}
         )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -44,13 +44,26 @@ class MiniLM(nn.Module):
         return F.normalize(mean, dim=1)
 
 
+class BertBase(Bert):
+    """BERT-base: twelve layers of width 768."""
+
+    def __init__(self) -> None:
+        super().__init__(768, 12)
+
+
+class MiniLM(Bert):
+    """MiniLM-L6: six layers of width 384. Source: arXiv 2002.10957."""
+
+    def __init__(self) -> None:
+        super().__init__(384, 6)
+
+
 class _EncoderLayer(nn.Module):
     """Self-attention and a two-layer perceptron, each followed by a sum and a layer norm."""
 
-    HEADS = 12
-
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
+        self._heads = heads
         projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
         self.attention = nn.ModuleDict({"self": projections, "output": _dense_and_norm(width, width)})
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
@@ -59,7 +72,7 @@ class _EncoderLayer(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """``[B, T, width]`` to the same; ``bias`` is added to the attention scores."""
         query, key, value = (
-            projection(x).unflatten(2, (self.HEADS, -1)).transpose(1, 2)
+            projection(x).unflatten(2, (self._heads, -1)).transpose(1, 2)
             for projection in self.attention["self"].values()
         )
         scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5 + bias
@@ -161,6 +174,13 @@ class _Bottleneck(nn.Module):
         inner = F.relu(self.bn1(self.conv1(x)))
         inner = F.relu(self.bn2(self.conv2(inner)))
         return F.relu(self.bn3(self.conv3(inner)) + self.shortcut(x))
+
+
+class Perceptron(nn.Sequential):
+    """784-1024-1024-10 with ReLU: flattened images ``[B, 784]`` to logits."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
 def randomise(network: nn.Module, seed: int) -> None:

@@ -11,6 +11,7 @@ from pumice.passes.equalize import EqualizeChannels
 from pumice.passes.fold_batch_norm import FoldBatchNorm
 from pumice.passes.fold_constants import FoldConstants
 from pumice.passes.fold_masks import FoldMasks
+from pumice.passes.fuse_attention import FuseAttention
 from pumice.passes.fuse_gelu import FuseGelu
 from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
 from pumice.passes.layer_error import RecordLayerErrors
@@ -38,6 +39,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldMasks",
+    "FuseAttention",
     "FuseGelu",
     "FuseLayerNorm",
     "FuseRMSNorm",

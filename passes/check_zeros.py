@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst, IRModule, Op
+from tvm.ir import GenericConst, IRModule
 
 from pumice.errors import ModelError
 from pumice.module import source_of, weight_vars_of
-from pumice.passes.numpy_operators import move
+from pumice.passes.numpy_operators import MOVES, move
 from pumice.passes.rewriting import op_name
 
 _LAYERS = {"relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d"}
+# What may stand between a weight and its layer. Anything else is an activation, whose whole past nobody needs to walk.
+_FOLLOWED = {"multiply", "divide", "dequantize", "astype", *MOVES}
 _ORIGINAL = "_orig"  # torch.nn.utils.prune's name for a weight before its mask
 
 
@@ -108,7 +110,7 @@ def _source_name(expr: relax.Expr, bound: dict[Any, Any], sources: dict[Any, str
     if expr in sources:
         return _plain(sources[expr])
     value = bound.get(expr) if isinstance(expr, relax.Var) else None
-    if not isinstance(value, relax.Call) or not isinstance(value.op, Op):
+    if value is None or op_name(value).removeprefix("relax.") not in _FOLLOWED:
         return ""
     return next((n for n in (_source_name(a, bound, sources) for a in value.args) if n), "")
 
@@ -121,7 +123,7 @@ def _zeros(expr: relax.Expr, bound: dict[Any, Any], sources: dict[Any, str], sto
         return np.asarray(expr.value.numpy() == 0) if isinstance(expr.ty, relax.TensorType) else None
     value = bound.get(expr) if isinstance(expr, relax.Var) else None
     operator = op_name(value).removeprefix("relax.")
-    if value is None or not operator:
+    if value is None or operator not in _FOLLOWED:
         return None
     data = _zeros(value.args[0], bound, sources, stored)
     if data is None:

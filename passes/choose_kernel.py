@@ -2,77 +2,167 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pumice.passes.layer_kernel import LayerWork, weight_in
 from pumice.passes.layers import Layer
-from pumice.passes.rewriting import shape_of
-from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, expand_groups, sparse_blocks
-from pumice.schedules.costs import costs_of
-from pumice.schedules.gemv import Slices, slice_rows
+from pumice.passes.placement import expected_places
+from pumice.schedules.blocks import QUAD, Blocks, count_blocks, expand_groups
+from pumice.schedules.costs import break_even, costs_of, estimate
+from pumice.schedules.measurements import Measurements, format_time
+from pumice.schedules.places import Places
+from pumice.schedules.slices import Slices, slice_rows
+from pumice.schedules.tiling import DENSE, FORMS, Candidate, Extent, Form, Tiling, tilings
 from pumice.targets.isa import Isa
+
+_WORTH_TRYING = 1.5  # times the least estimate
+_MOST = 12  # candidates by the estimate
+_MOST_DENSE = 4  # that are tried in any case: what sparse kernels are compared with must be good
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The weight in its chosen form, the kernel's name for the report, and the reason in a sentence."""
+    """The weight in its chosen form, the kernel's name for the report, and the reason in a sentence.
+
+    ``tiling`` is how the kernel walks a weight in blocks.
+    """
 
     weight: Blocks | Slices
     kernel: str
     reason: str
+    tiling: Tiling | None = None
 
 
-def preview(layer: Layer, weight: np.ndarray, isa: Isa) -> Choice:
+def preview(layer: Layer, weight: np.ndarray, isa: Isa, threads: int = 1) -> Choice:
     """What would be chosen for a float ``weight`` once it is int8: what is zero now is zero then."""
     rows = (layer.to_rows(weight) != 0).astype(np.int8)
     groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
-    positions = math.prod(shape_of(layer.var)) // len(rows)
-    expanded = expand_groups(rows, groups)
-    return choose_slices(expanded, isa) if positions == 1 and rows.shape[1] == 1 else choose_blocks(expanded, isa)
+    rows = expand_groups(rows, groups)
+    places = expected_places(layer)
+    if places.target.positions == 1 and rows.shape[1] == 1:
+        return choose_slices(rows, isa)
+    return choose_blocks(rows, places, isa, threads)
 
 
-def choose_blocks(rows: np.ndarray, isa: Isa) -> Choice:
-    """The form of ``rows`` ``[N, taps, C]`` (int8 or float32) for a layer with many positions."""
-    dtype = str(rows.dtype)
-    costs = costs_of(isa.name, dtype)
-    depth = 4 if dtype == "int8" else 1
-    total = -(-rows.shape[0] // QUAD) * QUAD * rows.shape[1] * -(-rows.shape[2] // depth)
-    single, shared = count_blocks(rows, 1), count_blocks(rows, QUAD) * QUAD
-    times = {"dense": total * costs.dense, "1": single * costs.sparse, "4": shared * costs.shared}
-    best = min(times, key=lambda form: times[form])
-    label = f"{dtype} {isa.name}"
-    if best == "dense":
-        reason = _dense_reason(single / total, costs.dense / costs.sparse, depth)
-        return Choice(dense_blocks(rows), f"dense {label}", reason)
-    per_list, left = (1, single) if best == "1" else (QUAD, shared)
-    form = f"{per_list}x{depth}"
-    faster = times["dense"] / max(times[best], 1e-9)
-    limit = costs.dense / (costs.sparse if best == "1" else costs.shared)
-    reason = (
-        f"{left / total:.0%} of its {form} blocks are left; here sparse pays below {limit:.0%}: "
-        f"{faster:.1f} times as fast as dense by the cost table"
-    )
-    return Choice(sparse_blocks(rows, per_list), f"sparse {form} {label}", reason)
+@dataclass(eq=False)
+class Chooser:
+    """Chooses among ``forms``, by times that were ``measured`` if the layer has any, else by the cost table.
+
+    ``where`` they were measured goes into the reasons.
+    """
+
+    forms: Sequence[Form] = FORMS
+    measured: Measurements | None = None
+    where: str = "here"
+
+    def choose(self, work: LayerWork, isa: Isa) -> Choice:
+        """The form and the tiling for a layer."""
+        rows = work.numbers.rows
+        times = self.measured.of(work.workload) if self.measured else {}
+        times = {candidate: time for candidate, time in times.items() if candidate[0] in self.forms}
+        if any(form.is_dense for form, _ in times):  # without it nobody knows what sparse is worth
+            return _fastest_measured(rows, times, isa, self.where)
+        if work.has_one_position:
+            return choose_slices(rows, isa, self.forms)
+        return choose_blocks(rows, work.places, isa, work.threads, self.forms)
 
 
-def choose_slices(rows: np.ndarray, isa: Isa) -> Choice:
+def candidates(work: LayerWork, isa: Isa) -> list[Candidate]:
+    """The kernels of a layer that are worth measuring: the best by the estimate, and the best dense ones."""
+    rows = work.numbers.rows
+    if work.has_one_position:
+        return [(DENSE, None), (Form(1), None)]
+    extent = Extent.of(rows, work.places, isa)
+    times = _estimates(rows, extent, isa, work.threads, wide=True)
+    order = sorted(times, key=lambda candidate: times[candidate])
+    good = [candidate for candidate in order if times[candidate] <= _WORTH_TRYING * times[order[0]]][:_MOST]
+    dense = [candidate for candidate in order if candidate[0].is_dense][:_MOST_DENSE]
+    return list(dict.fromkeys(good + dense))
+
+
+def choose_blocks(
+    rows: np.ndarray, places: Places, isa: Isa, threads: int = 1, forms: Sequence[Form] = FORMS
+) -> Choice:
+    """The form and the tiling of ``rows`` ``[N, taps, C]`` (int8 or float32) for a layer with many positions."""
+    extent = Extent.of(rows, places, isa)
+    times = _estimates(rows, extent, isa, threads)
+    best = min((candidate for candidate in times if candidate[0] in forms), key=lambda candidate: times[candidate])
+    dtype, depth, form = str(rows.dtype), _depth(rows), best[0]
+    zeros = 1 - _left(rows, 1)
+    limit = break_even(extent, isa, threads, costs_of(isa.name, dtype))
+    weight, kernel = weight_in(rows, best, isa), f"{form.describe(depth)} {dtype} {isa.name}"
+    if form.is_dense:
+        return Choice(weight, kernel, _dense_reason(zeros, limit, depth), best[1])
+    dense = min(time for candidate, time in times.items() if candidate[0].is_dense)
+    reason = f"{zeros:.0%} of its 1x{depth} blocks are zero and sparse breaks even at {limit:.0%} here: "
+    if form.shared > 1:
+        reason += f"{_left(rows, form.shared):.0%} of the {form.shared}x{depth} blocks are left, "
+    reason += f"{dense / max(times[best], 1e-9):.1f} times as fast as dense by the cost table"
+    return Choice(weight, kernel, reason, best[1])
+
+
+def choose_slices(rows: np.ndarray, isa: Isa, forms: Sequence[Form] = FORMS) -> Choice:
     """The form of ``rows`` ``[N, 1, C]`` for a layer with one position."""
-    dtype = str(rows.dtype)
-    costs = costs_of(isa.name, dtype)
-    dense = slice_rows(rows, isa.lanes, sparse=False)
-    sparse = slice_rows(rows, isa.lanes, sparse=True)
-    share = sparse.work / dense.work
-    label, depth = f"{dtype} {isa.name}", 4 if dtype == "int8" else 1
+    costs = costs_of(isa.name, str(rows.dtype))
+    label, depth = f"{rows.dtype} {isa.name}", _depth(rows)
+    zeros = 1 - _left(rows, 1)
     limit = costs.gemv_dense / costs.gemv_sparse
-    if share < limit:
-        reason = f"{share:.0%} of its entries are left, padding included; here sparse pays below {limit:.0%}"
+    dense = slice_rows(rows, isa, sparse=False)
+    if Form(1) not in forms or (DENSE in forms and 1 - zeros >= limit):  # it would not pay even without padding
+        return Choice(dense, f"gemv dense {label}", _dense_reason(zeros, 1 - limit, depth))
+    sparse = slice_rows(rows, isa, sparse=True)
+    left = sparse.work / dense.work
+    reason = f"{zeros:.0%} of its 1x{depth} blocks are zero: sparse pays below {limit:.0%} of the entries here, and "
+    if DENSE not in forms or left < limit:
+        reason += f"{left:.0%} are left, padding included"
         return Choice(sparse, f"gemv sparse 1x{depth} {label}", reason)
-    return Choice(dense, f"gemv dense {label}", _dense_reason(share, limit, depth))
+    reason += f"{left:.0%} would be left, padding included: dense"
+    return Choice(dense, f"gemv dense {label}", reason)
 
 
-def _dense_reason(share: float, limit: float, depth: int) -> str:
-    if share > 0.999:
-        return f"none of its 1x{depth} blocks is zero" if depth > 1 else "none of its weights is zero"
-    return f"{share:.0%} of its 1x{depth} blocks are left, padding included; here sparse pays below {limit:.0%}"
+def _fastest_measured(rows: np.ndarray, times: Mapping[Candidate, float], isa: Isa, where: str) -> Choice:
+    """The fastest of what was measured; the reason has the time of the best kernel of each form."""
+    depth = _depth(rows)
+    by_form: dict[Form, float] = {}
+    for (form, _), time in sorted(times.items(), key=lambda item: item[1]):
+        by_form.setdefault(form, time)
+    form, tiling = best = min(times, key=lambda candidate: times[candidate])
+    kind = f"{'gemv ' if tiling is None else ''}{form.describe(depth)}"
+    found = ", ".join(f"{form.describe(depth)} {format_time(time)}" for form, time in by_form.items())
+    reason = f"{1 - _left(rows, 1):.0%} of its 1x{depth} blocks are zero; measured {where}: {found}"
+    return Choice(weight_in(rows, best, isa), f"{kind} {rows.dtype} {isa.name}", reason, tiling)
+
+
+def _estimates(
+    rows: np.ndarray, extent: Extent, isa: Isa, threads: int, wide: bool = False
+) -> dict[tuple[Form, Tiling], float]:
+    """Nanoseconds of all candidates by the cost table."""
+    costs, total = costs_of(isa.name, str(rows.dtype)), extent.rows * extent.words * extent.taps
+    times = {}
+    for form in FORMS:
+        entries = total // QUAD if form.is_dense else count_blocks(rows, form.shared)
+        for tiling in tilings(extent, form, isa, threads, wide):
+            times[form, tiling] = estimate(extent, form, entries, tiling, costs)
+    return times
+
+
+def _depth(rows: np.ndarray) -> int:
+    """Input channels in a word."""
+    return 4 if rows.dtype == np.int8 else 1
+
+
+def _left(rows: np.ndarray, shared: int) -> float:
+    """The share of blocks that are not zero, ``shared`` rows together."""
+    n, taps, c = rows.shape
+    lists = n if shared == 1 else -(-n // QUAD) * QUAD // shared
+    return count_blocks(rows, shared) / float(lists * taps * -(-c // _depth(rows)))
+
+
+def _dense_reason(zeros: float, limit: float, depth: int) -> str:
+    kind = f"of its 1x{depth} blocks" if depth > 1 else "of its weights"
+    if zeros < 0.001:
+        return f"none {kind} is zero"
+    return f"breaks even at {limit:.0%} zeros here, and {zeros:.0%} {kind} are zero: dense"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tvm import relax
 
+from pumice.passes.elementwise_numpy import ELEMENTWISE, apply
 from pumice.passes.fusion import Quant
-from pumice.passes.numpy_operators import evaluate
 from pumice.passes.rewriting import shape_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
         return (np.arange(256) - packed.quant.zero_point) * np.float64(packed.quant.scale)
     call = builder.graph.flow.value.get(expr) if isinstance(expr, relax.Var) else None
     operator = builder.graph.flow.op(expr) if call is not None else ""
-    if call is None or operator not in _ELEMENTWISE or shape_of(expr) != _largest_shape(call):
+    if call is None or operator not in ELEMENTWISE or shape_of(expr) != _largest_shape(call):
         return None
     operands = []
     for argument in call.args:
@@ -55,32 +55,6 @@ def _values(builder: Builder, expr: relax.Expr, leaves: dict[relax.Expr, Packed]
     return apply(call, expr, operands)
 
 
-def apply(call: relax.Call, var: relax.Var, operands: list[np.ndarray]) -> np.ndarray | None:
-    """The elementwise operator that computes ``var``, in float64 on numpy operands; None if it is not in the table."""
-    own = _OWN.get(str(call.op.name).removeprefix("relax."))
-    if own is not None:
-        return np.asarray(own(*operands), np.float64)
-    result = evaluate(call, var.ty, operands)
-    return None if result is None or isinstance(result, tuple) else np.asarray(result, np.float64)
-
-
 def _largest_shape(call: relax.Call) -> tuple[int, ...]:
     shapes = [shape_of(arg) for arg in call.args if isinstance(arg, relax.Var)]
     return max(shapes, key=lambda shape: math.prod(shape), default=())
-
-
-_erf = np.vectorize(math.erf)
-_OWN = {
-    "nn.relu": lambda x: np.maximum(x, 0),
-    "nn.silu": lambda x: x / (1 + np.exp(-x)),
-    "nn.gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
-    "nn.gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "erf": lambda x: _erf(x),
-}
-_ELEMENTWISE = frozenset(
-    {
-        *_OWN,
-        *("add", "subtract", "multiply", "divide", "power", "maximum", "minimum", "negative", "abs", "exp", "log"),
-        *("sqrt", "rsqrt", "square", "tanh", "sigmoid", "clip"),
-    }
-)

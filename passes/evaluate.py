@@ -11,22 +11,11 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.errors import ModelError, UnsupportedError
-from pumice.module import inputs_of, output_names_of, source_of, weight_vars_of, weights_of
+from pumice.module import inputs_of, output_names_of, source_of
+from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
-from pumice.targets.build import build as target_build
+from pumice.targets.executor import build_executor
 from pumice.targets.target import Target
-
-
-def build(mod: IRModule) -> tuple[relax.VMExecutable, list[np.ndarray]]:
-    """Compile ``main(inputs..., weights...)`` for this CPU; the arrays are what its weight parameters take.
-
-    It is Pumice's own lowering: what is measured of a quantized module are the very integers that ship.
-    """
-    target = Target.parse("native")
-    lowered = lower(mod, target, LowerOptions(threads=os.cpu_count() or 1))
-    weights = weights_of(lowered)
-    arrays = [weights[var.name] for var in weight_vars_of(lowered)]  # before building, which empties the module
-    return target_build(lowered, target), arrays
 
 
 class Evaluator:
@@ -42,13 +31,14 @@ class Evaluator:
         self._inputs = inputs_of(mod)
         self._output_names = output_names_of(mod)
         self._taps = list(dict.fromkeys(taps))
+        target = Target.parse("native")
         try:
-            executable, weights = build(_with_taps(mod, self._taps))
+            # Pumice's own lowering: what is measured of a quantized module are the very integers that ship.
+            lowered = lower(_with_taps(mod, self._taps), target, LowerOptions(threads=os.cpu_count() or 1))
+            self._executor = build_executor(link_steps(lowered), target)
         except (tvm.error.InternalError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UnsupportedError(f"{self._source}: cannot be evaluated on this machine: {reason}") from error
-        self._weights = [tvm.runtime.tensor(weight) for weight in weights]
-        self._main = relax.VirtualMachine(executable, tvm.cpu())["main"]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's outputs by name, for arrays by input name."""
@@ -63,10 +53,13 @@ class Evaluator:
         missing = [var.name for var in self._inputs if var.name not in inputs]
         if missing:
             raise ModelError(f"{self._source}: no array for input {missing[0]!r}; its inputs are {self._names()}")
-        # reshape: ascontiguousarray turns a scalar into a vector.
-        arrays = [np.asarray(inputs[var.name], dtype=str(var.ty.dtype)) for var in self._inputs]
-        arguments = [tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape)) for array in arrays]
-        return [value.numpy() for value in self._main(*arguments, *self._weights)]
+        for var, buffer in zip(self._inputs, self._executor.inputs, strict=True):
+            array = np.asarray(inputs[var.name], dtype=buffer.dtype)
+            if array.shape != buffer.shape:
+                raise ModelError(f"{self._source}: input {var.name!r} has shape {array.shape}, not {buffer.shape}")
+            buffer[...] = array
+        self._executor.run()
+        return [buffer.copy() for buffer in self._executor.outputs]
 
     def _names(self) -> str:
         return ", ".join(repr(var.name) for var in self._inputs)

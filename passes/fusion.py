@@ -1,6 +1,6 @@
 """What one packed kernel does: a layer with its bias, residual add, activation and requantization.
 
-    conv2d(x, w) -> add(bias) -> [add(other)] -> [relu | clip] -> [quantize]   ==>   one Fused
+    conv2d(x, w) -> add(bias) -> [add(other)] -> [gelu ...] -> [relu | clip] -> [quantize]   ==>   one Fused
 
 The chain is followed as far as each value has a single reader. In the quantized form the convolution's own
 quantize -> dequantize before a residual add is dropped: the sum is then rounded once instead of twice.
@@ -15,6 +15,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import weights_of
+from pumice.passes.activations import activation_after
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.numpy_operators import plain
@@ -45,14 +46,21 @@ class Fused:
     members: tuple[relax.Var, ...]  # every variable that the kernel makes superfluous, the result included
     bias: np.ndarray | None = None
     residual: relax.Var | None = None
+    residual_quant: Quant | None = None  # of a residual that is read as bytes; None: as float32
+    activation: str | None = None  # a name of schedules.functions.ACTIVATIONS
     low: float = float("-inf")
     high: float = float("inf")
     quant: Quant | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether a kernel exists for the chain so far: an int8 residual add must end in a quantize."""
-        return self.residual is None or self.input_quant is None or self.quant is not None
+        """Whether a kernel exists for the chain so far: a residual is of the output's type."""
+        return self.residual is None or (self.residual_quant is None) == (self.quant is None)
+
+    @property
+    def is_activated(self) -> bool:
+        """Whether an activation or a clamp is in the chain."""
+        return self.activation is not None or bool(np.isfinite(self.low) or np.isfinite(self.high))
 
 
 class Graph:
@@ -155,6 +163,11 @@ def _follow(graph: Graph, layer: Layer, taken: set[relax.Var]) -> Fused:
 def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
     """``chain`` with the reader of its result, or None where it ends."""
     flow = graph.flow
+    if chain.quant is None and not chain.is_activated:
+        found = activation_after(graph, chain.result)
+        if found is not None and taken.isdisjoint(found.members):
+            members = (*chain.members, *found.members)
+            return replace(chain, result=members[-1], members=members, activation=found.name)
     user = flow.only_user(chain.result)
     if user is None or user in taken:
         return None
@@ -166,7 +179,8 @@ def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
         return _grow(chain, user, low=clamp[0], high=clamp[1])
     if operator == "quantize" and chain.input_quant is not None:
         quant = graph.quant(call)
-        return None if quant is None else _grow(chain, user, quant=quant)
+        is_float_sum = chain.residual is not None and chain.residual_quant is None
+        return None if quant is None or is_float_sum else _grow(chain, user, quant=quant)
     if operator == "add":
         return _add_residual(graph, chain, user, chain.result)
     return None
@@ -180,23 +194,21 @@ def _through_rounding(graph: Graph, chain: Fused, user: relax.Var, taken: set[re
     if total is None or total in taken or graph.flow.op(total) != "add":
         return None
     unrounded = replace(_grow(chain, user), quant=None)
-    return _add_residual(graph, unrounded, total, user)
+    summed = _add_residual(graph, unrounded, total, user)
+    # What is added as floats is another layer's result: that one takes these bytes along.
+    return None if summed is None or summed.residual_quant is None else summed
 
 
 def _add_residual(graph: Graph, chain: Fused, total: relax.Var, mine: relax.Var) -> Fused | None:
     operands = list(graph.flow.value[total].args)
     others = [operand for operand in operands if not operand.same_as(mine)]
-    is_activated = np.isfinite(chain.low) or np.isfinite(chain.high)
-    if chain.residual is not None or is_activated or len(others) != 1 or others[0] not in graph.flow.activations:
+    if chain.residual is not None or chain.is_activated or len(others) != 1 or others[0] not in graph.flow.activations:
         return None
     other = others[0]
     if shape_of(other) != shape_of(total) or shape_of(mine) != shape_of(total):
         return None
-    if chain.input_quant is None and chain.layer.operator != "conv2d":  # float tokens would have to be packed for it
-        return None
-    if chain.input_quant is not None and graph.dequantized(other) is None:
-        return None
-    return _grow(chain, total, residual=other)
+    quant = graph.dequantized(other) if chain.input_quant is not None else None
+    return _grow(chain, total, residual=other, residual_quant=quant)
 
 
 def _grow(chain: Fused, user: relax.Var, **changes: object) -> Fused:

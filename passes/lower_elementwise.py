@@ -7,7 +7,7 @@ import math
 import numpy as np
 from tvm import relax
 
-from pumice.passes.elementwise_table import apply
+from pumice.passes.elementwise_numpy import apply
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.rewriting import shape_of
 from pumice.schedules.elementwise import Add, add
@@ -98,10 +98,20 @@ def _elementwise_plain(builder: Builder, var: relax.Var, call: relax.Call) -> bo
         kinds.append("row" if repeated else "full")
         tensors.append(argument)
     size = math.prod(shape)
-    length = length or (shape[-1] if shape and shape[-1] >= 64 else size)
+    length = length or _row_length(shape)
     work = Pointwise(builder.graph.flow.op(var), size // length, length, tuple(kinds), builder.threads)
     builder.call_on_rows(var, tensors, work, pointwise)
     return True
+
+
+def _row_length(shape: tuple[int, ...]) -> int:
+    """Elements of the last axes, as many as fill some vectors; rows of them are what threads share."""
+    length = 1
+    for extent in reversed(shape):
+        length *= extent
+        if length >= _ROW_LENGTH:
+            break
+    return length
 
 
 def _repeated_length(operand: tuple[int, ...], shape: tuple[int, ...]) -> int | None:
@@ -131,3 +141,6 @@ def _activation_after(builder: Builder, var: relax.Var) -> tuple[relax.Var, floa
             break
         var, (low, high) = user, clamp
     return var, low, high
+
+
+_ROW_LENGTH = 64

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from tvm import relax
 
-from pumice.passes.choose_kernel import Choice, choose_blocks, choose_slices
+from pumice.passes.choose_kernel import Choice
 from pumice.passes.fusion import Fused, Quant
+from pumice.passes.layer_kernel import LayerWork, Numbers, layer_kernel
 from pumice.passes.layers import Layer
-from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
+from pumice.passes.packed import Builder, Packed
+from pumice.passes.placement import is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
 from pumice.record import LayerRecord
-from pumice.schedules.blocks import Blocks, expand_groups
-from pumice.schedules.convolution import Convolution, convolution, offsets
+from pumice.schedules.blocks import expand_groups
 from pumice.schedules.epilogue import Epilogue, Residual
-from pumice.schedules.gemv import Gemv, Slices, gemv
 from pumice.schedules.geometry import Geometry, Window
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The layer's numbers as its kernel takes them, for each output channel.
-
-    rows: int8 or float32 ``[N, taps, C]``, groups expanded
-    bias: int32 or float32 ``[N]``; multiplier: float32 ``[N]``, None for float32
-    """
-
-    rows: np.ndarray
-    bias: np.ndarray
-    multiplier: np.ndarray | None
-
-    @property
-    def dtype(self) -> str:
-        """The data type of the multiplication."""
-        return str(self.rows.dtype)
+from pumice.schedules.places import Places
 
 
 def lower_layer(builder: Builder, chain: Fused) -> bool:
@@ -59,13 +40,11 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     window, target = _placing(builder, layer, source)
     source = builder.move(source, target, window)
     residual = _residual(builder, chain, target)
-    epilogue = _epilogue(chain, residual)
-    one_position = target.positions == 1 and source.geometry.positions == 1
-    choice = choose_slices(numbers.rows, builder.isa) if one_position else choose_blocks(numbers.rows, builder.isa)
-    if isinstance(choice.weight, Slices):
-        expr = _emit_gemv(builder, layer, source, numbers, choice.weight, epilogue, residual)
-    else:
-        expr = _emit_convolution(builder, layer, source, target, window, numbers, choice.weight, epilogue, residual)
+    epilogue = _epilogue(chain, residual, numbers.multiplier)
+    places = Places(window, source.geometry, target)
+    work = LayerWork(layer.name, numbers, places, source.rows, epilogue, builder.threads)
+    choice = builder.chooser.choose(work, builder.isa)
+    expr = _emit(builder, work, choice, source, residual)
     channels = plane_of(layer.var)[1]
     builder.define(chain.result, Packed(expr, channels, target.normalized(), chain.quant))
     _note(record, layer, choice, numbers)
@@ -81,84 +60,21 @@ def _placing(builder: Builder, layer: Layer, source: Packed) -> tuple[Window, Ge
     return window, builder.target_geometry(layer.data, layer.var, window)
 
 
-def _emit_convolution(
-    builder: Builder,
-    layer: Layer,
-    source: Packed,
-    target: Geometry,
-    window: Window,
-    numbers: Numbers,
-    blocks: Blocks,
-    epilogue: Epilogue,
-    residual: Packed | None,
-) -> object:
-    places = offsets(blocks, window, source.geometry, target)
-    work = Convolution(
-        dtype=numbers.dtype,
-        source_rows=source.rows,
-        rows=blocks.rows,
-        source=source.geometry,
-        target=target,
-        blocks=int(blocks.data.shape[0]),
-        columns=len(places),
-        shared=blocks.shared,
-        is_dense=blocks.is_dense,
-        epilogue=epilogue,
-        threads=builder.threads,
-    )
-    arguments = [
-        source.expr,
-        builder.constant(f"{layer.name}.blocks", blocks.data),
-        builder.constant(f"{layer.name}.offsets", places),
-    ]
-    if blocks.starts is not None:
-        arguments.append(builder.constant(f"{layer.name}.starts", blocks.starts))
-    arguments += _per_channel(builder, layer, numbers, blocks.rows)
+def _emit(builder: Builder, work: LayerWork, choice: Choice, source: Packed, residual: Packed | None) -> relax.Var:
+    """The call of the layer's kernel."""
+    kernel = layer_kernel(work, choice.weight, choice.tiling)
+    arguments = [source.expr]
+    arguments += [builder.constant(f"{work.name}.{name}", array) for name, array in kernel.constants.items()]
     arguments += [residual.expr] if residual is not None else []
-    arguments += builder.mask(target)
-    shape = _output_shape(epilogue, blocks.rows, target.positions)
-    return builder.call(work, convolution, arguments, shape, epilogue.output, name=f"layer_{layer.name}")
-
-
-def _emit_gemv(
-    builder: Builder,
-    layer: Layer,
-    source: Packed,
-    numbers: Numbers,
-    slices: Slices,
-    epilogue: Epilogue,
-    residual: Packed | None,
-) -> object:
-    rows = -(-len(numbers.rows) // 4) * 4
-    work = Gemv(numbers.dtype, slices.words, rows, slices.work, slices.starts is None, epilogue, builder.threads)
-    arguments = [source.expr, builder.constant(f"{layer.name}.blocks", slices.data)]
-    if slices.columns is not None and slices.starts is not None:
-        arguments.append(builder.constant(f"{layer.name}.columns", slices.columns))
-        arguments.append(builder.constant(f"{layer.name}.starts", slices.starts))
-    lanes = builder.isa.lanes
-    arguments += _per_channel(builder, layer, numbers, -(-rows // lanes) * lanes)
-    arguments += [residual.expr] if residual is not None else []
-    shape = _output_shape(epilogue, rows, 1)
-    return builder.call(work, gemv, arguments, shape, epilogue.output, name=f"layer_{layer.name}")
-
-
-def _output_shape(epilogue: Epilogue, rows: int, positions: int) -> tuple[int, int, int]:
-    return (rows // 4, positions, 4) if epilogue.output == "uint8" else (rows, positions, 1)
-
-
-def _per_channel(builder: Builder, layer: Layer, numbers: Numbers, rows: int) -> list[object]:
-    pad = rows - len(numbers.bias)
-    arguments = [builder.constant(f"{layer.name}.bias_packed", np.pad(numbers.bias, (0, pad)))]
-    if numbers.multiplier is not None:
-        arguments.append(builder.constant(f"{layer.name}.multiplier", np.pad(numbers.multiplier, (0, pad))))
-    return arguments
+    arguments += builder.mask(work.places.target)
+    name, shape = f"layer_{work.name}", work.output_shape
+    return builder.call(kernel.work, kernel.make, arguments, shape, work.epilogue.output, name)
 
 
 def _residual(builder: Builder, chain: Fused, target: Geometry) -> Packed | None:
     if chain.residual is None:
         return None
-    quant = builder.graph.dequantized(chain.residual) if chain.input_quant else None
-    return builder.move(_packed_as(builder, chain.residual, quant), target, Window((1, 1)))
+    return builder.move(_packed_as(builder, chain.residual, chain.residual_quant), target, Window((1, 1)))
 
 
 def _packed_as(builder: Builder, var: relax.Var, quant: Quant | None) -> Packed:
@@ -169,14 +85,20 @@ def _packed_as(builder: Builder, var: relax.Var, quant: Quant | None) -> Packed:
     return value if value is not None and value.quant is not None else builder.pack(var, quant)
 
 
-def _epilogue(chain: Fused, residual: Packed | None) -> Epilogue:
+def _epilogue(chain: Fused, residual: Packed | None, multiplier: np.ndarray | None) -> Epilogue:
     out = chain.quant
     if out is None:
-        return Epilogue("float32", Residual() if residual else None, 0, chain.low, chain.high)
-    spec = None
+        return Epilogue("float32", Residual() if residual else None, 0, chain.low, chain.high, chain.activation)
+    spec, scale = None, 1.0
+    if chain.activation is not None:
+        scale = float(np.float32(1.0 / out.scale))
     if residual is not None and residual.quant is not None:
-        spec = Residual(float(np.float32(residual.quant.scale / out.scale)), residual.quant.zero_point)
-    return Epilogue("uint8", spec, out.zero_point, out.store(chain.low), out.store(chain.high))
+        unit = out.scale if chain.activation is None else 1.0
+        spec = Residual(float(np.float32(residual.quant.scale / unit)), residual.quant.zero_point)
+    largest = 2.0**31 * (0.0 if multiplier is None else float(multiplier.max(initial=0)))
+    fits = (largest + (255 * spec.multiplier if spec else 0.0)) * scale < 2**30
+    low, high = out.store(chain.low), out.store(chain.high)
+    return Epilogue("uint8", spec, out.zero_point, low, high, chain.activation, scale, fits)
 
 
 def _numbers(builder: Builder, chain: Fused, record: LayerRecord) -> Numbers | None:
@@ -224,7 +146,7 @@ def _int8_numbers(
         record.kernel = "tvm"
         record.reason = "its int32 accumulator could overflow: runs as a float operator"
         return None
-    output = 1.0 if chain.quant is None else chain.quant.scale
+    output = 1.0 if chain.quant is None or chain.activation is not None else chain.quant.scale
     multiplier = (product / output).astype(np.float32)
     record.dtype = "int8"
     return Numbers(expand_groups(rows, groups), folded.astype(np.int32), multiplier)

@@ -11,15 +11,19 @@ from tvm import relax
 
 from pumice.passes.elementwise_table import table_of
 from pumice.passes.fusion import RESHAPES, Quant
+from pumice.passes.lower_attention import lower_attention
 from pumice.passes.lower_elementwise import lower_add, lower_elementwise
-from pumice.passes.packed import Builder, Packed, is_map, plane_of, window_of
+from pumice.passes.lower_norm import lower_norm
+from pumice.passes.packed import Builder, Packed
+from pumice.passes.placement import is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
-from pumice.schedules.convolution import tap_offsets
 from pumice.schedules.elementwise import lookup
+from pumice.schedules.functions import FUNCTIONS
+from pumice.schedules.gather import Gather, gather
 from pumice.schedules.geometry import Geometry
 from pumice.schedules.matmul import Matmul, matmul
-from pumice.schedules.normalization import LayerNorm, Softmax, layer_norm, softmax
-from pumice.schedules.pointwise import FUNCTIONS
+from pumice.schedules.normalization import Softmax, softmax
+from pumice.schedules.places import tap_offsets
 from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
 
 Rule = Callable[[Builder, relax.Var, relax.Call], bool]
@@ -228,13 +232,19 @@ def _softmax(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     return True
 
 
-def _layer_norm(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
-    shape, attrs = shape_of(var), call.attrs
-    is_last = [int(axis) % len(shape) for axis in attrs.axes] == [len(shape) - 1]
-    if str(var.ty.dtype) != "float32" or not is_last or not (attrs.center and attrs.scale) or 0 in shape:
+def _take(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
+    """Rows of a table of weights or activations: an embedding."""
+    table, index = call.args
+    entries, *row = shape_of(table)
+    rows, length = math.prod(shape_of(index)), math.prod(row)
+    dtypes = str(table.ty.dtype), str(index.ty.dtype)
+    if call.attrs.axis is None or int(call.attrs.axis) != 0 or str(call.attrs.mode) not in ("fast", "clip"):
         return False
-    work = LayerNorm(math.prod(shape[:-1]), shape[-1], float(attrs.epsilon), builder.threads)
-    builder.call_on_rows(var, list(call.args), work, layer_norm)
+    is_small = 0 < entries * length < 2**31 and 0 < rows * length < 2**31
+    if not is_small or dtypes[0] != "float32" or dtypes[1] not in ("int32", "int64"):
+        return False
+    work = Gather(entries, length, rows, dtypes[1], builder.threads)
+    builder.call_on_rows(var, [table, index], work, gather)
     return True
 
 
@@ -249,7 +259,11 @@ OPERATORS: dict[str, Rule] = {
     "concat": _concat,
     "matmul": _matmul,
     "nn.softmax": _softmax,
-    "nn.layer_norm": _layer_norm,
+    "take": _take,
+    "nn.attention": lower_attention,
+    "nn.attention_bias": lower_attention,
+    "nn.layer_norm": lower_norm,
+    "nn.rms_norm": lower_norm,
     **dict.fromkeys(RESHAPES, _relabel),
     **dict.fromkeys(set(FUNCTIONS) - {"add"}, lower_elementwise),
 }

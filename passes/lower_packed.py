@@ -15,10 +15,12 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import layers_of, weights_of, with_layers, with_weights
+from pumice.passes.choose_kernel import Chooser
 from pumice.passes.fusion import Graph, fuse
 from pumice.passes.lower_layer import lower_layer
 from pumice.passes.lower_operators import OPERATORS
-from pumice.passes.packed import Builder, plan_geometry
+from pumice.passes.packed import Builder
+from pumice.passes.placement import plan_geometry
 from pumice.targets.target import Target
 
 
@@ -29,17 +31,19 @@ class LowerPacked:
     Args:
         target: the device.
         threads: how many threads the library will use at most; 1 leaves parallel loops out.
+        chooser: decides on the form of each layer's weight.
     """
 
-    def __init__(self, target: Target, threads: int = 1) -> None:
+    def __init__(self, target: Target, threads: int = 1, chooser: Chooser | None = None) -> None:
         self.target = target
         self.threads = threads
+        self.chooser = chooser or Chooser()
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """The module with kernels called by ``call_tir``, and with each layer's kernel in its record."""
         graph = Graph(mod)
         chains = fuse(graph)
-        builder = Builder(graph, plan_geometry(graph, chains), self.target, self.threads, layers_of(mod))
+        builder = Builder(graph, plan_geometry(graph, chains), self.target, self.threads, layers_of(mod), self.chooser)
         results = {chain.result: chain for chain in chains}
         inside = {var for chain in chains for var in chain.members} - set(results)
         for var, value in graph.flow.bindings:

@@ -36,7 +36,7 @@ def evaluate(call: relax.Call, ty: tvm.ir.Type, operands: list[Any]) -> Value | 
 def move(call: relax.Call, data: np.ndarray) -> np.ndarray | None:
     """Do to ``data``, of any element type, what ``call`` does to its first operand; None if it does not just move."""
     operator = str(call.op.name).removeprefix("relax.")
-    if operator not in _MOVES:
+    if operator not in MOVES:
         return None
     result = _TABLE[operator](call.attrs, data, *[plain(arg) for arg in call.args[1:]])
     return np.asarray(result)
@@ -166,7 +166,7 @@ def _dequantize(attrs: Any, x: np.ndarray, scale: np.ndarray, zero_point: np.nda
     return (x.astype(np.float64) - along_axis(zero_point).astype(np.float64)) * along_axis(scale).astype(np.float64)
 
 
-_MOVES = ("permute_dims", "reshape", "expand_dims", "squeeze", "broadcast_to")
+MOVES = ("permute_dims", "reshape", "expand_dims", "squeeze", "broadcast_to")
 
 _TABLE: dict[str, Callable[..., Any]] = {
     "permute_dims": _permute_dims,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,9 +11,11 @@ from tvm import relax, tirx
 from tvm.ir import GlobalVar
 
 from pumice.errors import UnsupportedError
+from pumice.passes.choose_kernel import Chooser
 from pumice.passes.dataflow import operands, substitute
-from pumice.passes.fusion import Fused, Graph, Quant
+from pumice.passes.fusion import Graph, Quant
 from pumice.passes.numpy_operators import evaluate
+from pumice.passes.placement import Plane, is_channels_last, is_pixel, of_batch, plane_of, window_reach
 from pumice.passes.rewriting import shape_of
 from pumice.record import LayerRecord
 from pumice.schedules.geometry import Geometry, Window
@@ -22,7 +24,6 @@ from pumice.targets.isa import Isa, isa
 from pumice.targets.target import Target
 
 Work = TypeVar("Work")
-Plane = tuple[int, int, int]  # batch, height, width
 
 
 @dataclass(frozen=True)
@@ -50,77 +51,6 @@ class Packed:
         return shape_of(self.expr)[0]
 
 
-def is_map(var: relax.Expr) -> bool:
-    """Whether a value is a feature map, NCHW; otherwise channels are its last axis."""
-    return len(shape_of(var)) == 4
-
-
-def plane_of(var: relax.Expr) -> tuple[Plane, int]:
-    """The plane of a value's positions, and its channels."""
-    shape = list(shape_of(var))
-    if is_map(var):
-        n, c, h, w = shape
-        return ((1, 1, n) if h == w == 1 else (n, h, w)), c
-    return (1, 1, int(np.prod(shape[:-1]))), shape[-1]
-
-
-def window_of(call: relax.Call, kernel: tuple[int, int]) -> Window:
-    """The taps of a convolution or pooling call."""
-    attrs = call.attrs
-    padding = [int(p) for p in attrs.padding]
-    stride = [int(s) for s in attrs.strides]
-    dilation = [int(d) for d in attrs.dilation]
-    if kernel == (1, 1) and not any(padding) and _is_pixel(call.args[0]):
-        return Window(kernel)  # nowhere to stride to; pixels of a batch lie side by side
-    return Window(kernel, (stride[0], stride[-1]), (dilation[0], dilation[-1]), (padding[0], padding[1 % len(padding)]))
-
-
-def plan_geometry(graph: Graph, chains: Iterable[Fused]) -> dict[Plane, Geometry]:
-    """One geometry for each size of map: with the widest padding that any reader of such a map needs.
-
-    So all maps of one size lie alike, and residual adds and chains of kernels never have to move anything.
-    """
-    geometries: dict[Plane, Geometry] = {}
-    readers = [(c.layer.data, c.layer.var, c.layer.call) for c in chains if c.layer.operator == "conv2d"]
-    readers += [(v.args[0], var, v) for var, v in graph.flow.bindings if graph.flow.op(var) in POOLS and is_map(var)]
-    for source, target, call in readers:
-        if not is_map(source) or _is_pixel(target):
-            continue
-        need = _window_reach(source, target, _window(call))
-        plane = plane_of(target)[0]
-        old = geometries.get(plane, Geometry(*plane))
-        geometries[plane] = Geometry(*plane, max(old.pad_h, need[0]), max(old.pad_w, need[1]))
-    return geometries
-
-
-def _window(call: relax.Call) -> Window:
-    kernel = shape_of(call.args[1])[2:] if len(call.args) > 1 else call.attrs.pool_size
-    return window_of(call, (int(kernel[0]), int(kernel[-1])))
-
-
-def _window_reach(source: relax.Expr, target: relax.Expr, window: Window) -> tuple[int, int]:
-    sizes = [(shape_of(v)[2], shape_of(v)[3]) for v in (source, target)]
-    return window.reach(sizes[0], sizes[1])
-
-
-def _is_pixel(var: relax.Expr) -> bool:
-    """Whether a map is a single pixel: batches of these lie side by side, without padding."""
-    return shape_of(var)[2:] == (1, 1)
-
-
-def _is_channels_last(var: relax.Expr) -> bool:
-    """Whether the plain form has channels innermost: tokens, and maps of a single pixel."""
-    return not is_map(var) or _is_pixel(var)
-
-
-def _of_batch(geometry: Geometry, batch: int) -> Geometry:
-    """The inverse of ``Geometry.normalized``: single pixels that lie like tokens, as a batch again."""
-    return geometry if geometry.batch == batch else Geometry(batch, 1, 1)
-
-
-POOLS = ("nn.max_pool2d", "nn.avg_pool2d")
-
-
 @dataclass
 class Builder:
     """Emits bindings and kernels, and knows the packed and the plain form of every value."""
@@ -130,6 +60,7 @@ class Builder:
     target: Target
     threads: int
     records: dict[str, LayerRecord]
+    chooser: Chooser = field(default_factory=Chooser)
     bindings: list[relax.VarBinding] = field(default_factory=list)
     _packed: dict[relax.Var, Packed] = field(default_factory=dict)
     _plain: dict[relax.Var, relax.Expr] = field(default_factory=dict)
@@ -177,8 +108,8 @@ class Builder:
         """Pack the plain form of ``var``, quantizing it if ``quant`` is given."""
         plane, channels = plane_of(var)
         # Tokens never have padding: a map one pixel high whose plane looks the same may.
-        geometry = Geometry(*plane) if _is_channels_last(var) else self.geometry(plane)
-        work = self._packing(channels, geometry, _is_channels_last(var), quant)
+        geometry = Geometry(*plane) if is_channels_last(var) else self.geometry(plane)
+        work = self._packing(channels, geometry, is_channels_last(var), quant)
         expr = self.call(work, pack, [self.flat(var)], work.packed_shape, "float32" if quant is None else "uint8")
         return Packed(expr, channels, geometry, quant)
 
@@ -197,7 +128,7 @@ class Builder:
         return self._plain[var]
 
     def _unpack(self, var: relax.Var, value: Packed) -> relax.Expr:
-        work = self._packing(value.channels, value.geometry, _is_channels_last(var), value.quant)
+        work = self._packing(value.channels, value.geometry, is_channels_last(var), value.quant)
         flat = self.call(work, unpack, [value.expr], (work.size,), "float32")
         shape = list(shape_of(var))
         expr = self.emit(relax.op.reshape(flat, shape), var.name)
@@ -232,11 +163,11 @@ class Builder:
 
     def target_geometry(self, source: relax.Expr, target: relax.Expr, window: Window) -> Geometry:
         """Where the result of a window over ``source`` lies: the plan's place, or for a single pixel its own."""
-        if not _is_pixel(target):
+        if not is_pixel(target):
             return self.geometry(plane_of(target)[0])
-        if _is_pixel(source) and window.kernel == (1, 1) and window.padding == (0, 0):
+        if is_pixel(source) and window.kernel == (1, 1) and window.padding == (0, 0):
             return Geometry.of_tokens(shape_of(target)[0])
-        batch, (pad_h, pad_w) = shape_of(target)[0], _window_reach(source, target, window)
+        batch, (pad_h, pad_w) = shape_of(target)[0], window_reach(source, target, window)
         if batch == 1 and pad_h == pad_w == 0 and window.kernel != (1, 1):
             pad_w = 1  # a plane of one position has no room for the vectors of a kernel with several taps
         return Geometry(batch, 1, 1, pad_h, pad_w)
@@ -251,7 +182,7 @@ class Builder:
         if fill is None:
             fill = 0.0 if value.quant is None else float(value.quant.zero_point)
         batch = max(value.geometry.batch, target.batch)
-        places = [_of_batch(geometry, batch) for geometry in (value.geometry, target)]
+        places = [of_batch(geometry, batch) for geometry in (value.geometry, target)]
         work = Planes(value.rows, places[0], places[1], window, value.dtype, fill, self.threads)
         shape = (value.rows * len(window.phases()), target.positions, value.depth)
         expr = self.call(work, planes, [value.expr], shape, value.dtype)
@@ -284,6 +215,17 @@ class Builder:
         name: str | None = None,
     ) -> relax.Var:
         """Call the kernel ``make(work, isa, name)``; equal workloads share one kernel."""
+        return self.call_for(work, make, arguments, [relax.TensorType(list(shape), dtype)], name)[0]
+
+    def call_for(
+        self,
+        work: Work,
+        make: Callable[[Work, Isa, str], tirx.PrimFunc],
+        arguments: list[relax.Expr],
+        results: list[relax.TensorType],
+        name: str | None = None,
+    ) -> list[relax.Var]:
+        """The same for a kernel that writes several tensors: ``results``, its last arguments."""
         name = name or make.__name__
         key = (make, work)
         if key not in self._by_workload:
@@ -292,10 +234,13 @@ class Builder:
             variable = self._normalizer.add_func(kernel, unique)
             self._kernels[variable] = kernel
             self._by_workload[key] = variable
-        call = relax.call_tir(self._by_workload[key], relax.Tuple(arguments), relax.TensorType(list(shape), dtype))
-        var = relax.DataflowVar(self._unique(f"{name}_out"), relax.TensorType(list(shape), dtype))
+        call = relax.call_tir(self._by_workload[key], relax.Tuple(arguments), results)
+        ty = results[0] if len(results) == 1 else relax.TupleType(results)
+        var = relax.DataflowVar(self._unique(f"{name}_out"), ty)
         self.bindings.append(relax.VarBinding(var, call))
-        return var
+        if len(results) == 1:
+            return [var]
+        return [self.emit(relax.TupleGetItem(var, i), f"{name}_out") for i in range(len(results))]
 
     def call_on_rows(
         self, var: relax.Var, operands: list[relax.Expr], work: Work, make: Callable[[Work, Isa, str], tirx.PrimFunc]

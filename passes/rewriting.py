@@ -110,6 +110,10 @@ class Rewriter:
         name = op_name(value)
         return value if name and (not operators or name.removeprefix("relax.") in operators) else None
 
+    def value(self, expr: relax.Expr) -> relax.Expr | None:
+        """What a variable is bound to; None for inputs, weights and constants."""
+        return self._bound.get(expr) if isinstance(expr, relax.Var) else expr
+
     def item(self, expr: relax.Expr, index: int, *operators: str) -> relax.Call | None:
         """The call whose output number ``index`` the tuple access ``expr`` takes, if one of these operators."""
         if isinstance(expr, relax.TupleGetItem) and expr.index == index:

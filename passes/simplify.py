@@ -13,6 +13,7 @@ from pumice.passes.canonicalize_linear import CanonicalizeLinear
 from pumice.passes.fold_batch_norm import FoldBatchNorm
 from pumice.passes.fold_constants import FoldConstants
 from pumice.passes.fold_masks import FoldMasks
+from pumice.passes.fuse_attention import FuseAttention
 from pumice.passes.fuse_gelu import FuseGelu
 from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
 from pumice.passes.remove_identities import RemoveIdentities
@@ -50,6 +51,7 @@ def simplification_passes() -> list[tvm.transform.Pass]:
         FuseGelu(),
         CanonicalizeLinear(),
         CanonicalizeBias(),
+        FuseAttention(),
         # What folds into a layer
         FoldBatchNorm(),
         CanonicalizeConv(),

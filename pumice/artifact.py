@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import tvm
-from tvm import relax
 
 from pumice.errors import ModelError, UnsupportedError, UsageError
+from pumice.profile import Profile, profile_steps
 from pumice.record import LayerRecord
 from pumice.report_table import format_report
 from pumice.targets.detect import host_architecture, host_features
+from pumice.targets.executor import load_library
 from pumice.targets.library import move_into_place
 from pumice.targets.manifest import read_manifest
 from pumice.threads import check_threads, use_threads
@@ -55,7 +56,7 @@ class CompiledModel:
         self.threads = check_threads(wanted)
         self._names = {spec.name: np.dtype(spec.dtype) for spec in self.inputs}
         self._owner = owner
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._runner: _Runner | None = None
 
     @property
@@ -82,6 +83,14 @@ class CompiledModel:
         feed = self._bind(arrays, named)
         with self._lock:
             return self._ready().run(feed, self.threads)
+
+    def profile(self, feed: Mapping[str, Any], seconds: float = 3.0) -> Profile:
+        """The time of every step of an inference on ``feed`` (arrays by input name), measured for ``seconds``."""
+        with self._lock:
+            runner, arrays = self._ready(), self._bind((), feed)
+            runner.run(arrays, self.threads)
+            steps = self.manifest["steps"]
+            return profile_steps(runner.executor, lambda: self(feed), steps, self.layers, seconds)
 
     def _ready(self) -> _Runner:
         if self._runner is None:
@@ -132,29 +141,25 @@ def load(path: str | Path, threads: int | None = None) -> CompiledModel:
 
 
 class _Runner:
-    """The loaded code, with one aligned buffer an input: kernels may assume 64 bytes, a NumPy array has 16."""
+    """The loaded code with its buffers: kernels may assume 64 bytes of alignment, a NumPy array has 16."""
 
     def __init__(
         self, path: Path, manifest: dict[str, Any], inputs: list[TensorSpec], outputs: list[TensorSpec]
     ) -> None:
         _check_runs_here(path, manifest)
+        shapes = [[(spec.shape, spec.dtype) for spec in specs] for specs in (inputs, outputs)]
         try:
-            # dlopen searches the system's folders for a name without a slash
-            self._machine = relax.VirtualMachine(tvm.runtime.load_module(str(path.resolve())), tvm.cpu())
-            self._main = self._machine["main"]
+            self.executor = load_library(path, int(manifest["workspace"]), *shapes)
         except (RuntimeError, AttributeError, ValueError, OSError) as error:
             raise ModelError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
-        self._outputs = outputs
-        self._buffers = [tvm.runtime.empty(spec.shape, spec.dtype) for spec in inputs]
-        self._views = [np.from_dlpack(buffer) for buffer in self._buffers]
+        self._outputs = [(spec.name, buffer) for spec, buffer in zip(outputs, self.executor.outputs, strict=True)]
 
     def run(self, feed: list[np.ndarray], threads: int) -> dict[str, np.ndarray]:
         use_threads(threads)
-        for view, array in zip(self._views, feed, strict=True):
-            np.copyto(view, array, casting="same_kind")
-        result = self._main(*self._buffers)
-        tensors = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-        return {spec.name: np.from_dlpack(tensor).copy() for spec, tensor in zip(self._outputs, tensors, strict=True)}
+        for buffer, array in zip(self.executor.inputs, feed, strict=True):
+            buffer[...] = array
+        self.executor.run()
+        return {name: buffer.copy() for name, buffer in self._outputs}
 
 
 def _check_runs_here(path: Path, manifest: dict[str, Any]) -> None:
@@ -178,6 +183,8 @@ def _check_runs_here(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _fit(value: Any, spec: TensorSpec, wanted: np.dtype[Any]) -> np.ndarray:
+    if type(value) is np.ndarray and value.dtype == wanted and value.shape == spec.shape:
+        return value
     array = np.asarray(value)
     if array.dtype != wanted:
         same_kind = array.dtype.kind == wanted.kind

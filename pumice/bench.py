@@ -44,40 +44,63 @@ class Timing:
         }
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What an engine did in one turn: calls that do not count, then the times of those that do, in ms."""
+
+    uncounted: int
+    milliseconds: list[float]
+
+
 def measure(engines: Mapping[str, Callable[[], Any]], seconds: float) -> list[Timing]:
     """Time each engine's call for about ``seconds`` in all; at least five rounds, however slow the calls."""
-    for call in engines.values():
-        _slice(call)
-    rounds: dict[str, list[list[float]]] = {name: [] for name in engines}
+    turns = take_turns(engines, seconds)
+    return summarize({name: [turn.milliseconds for turn in own if turn.milliseconds] for name, own in turns.items()})
+
+
+def take_turns(engines: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[Turn]]:
+    """Call the engines in turns; every call of each engine, in order. The first turn of each counts for nothing."""
+    turns = {}
+    for name, call in engines.items():
+        warm_up = _slice(call)
+        turns[name] = [Turn(warm_up.uncounted + len(warm_up.milliseconds), [])]
     order = list(engines)
     stop = time.perf_counter() + seconds
     collecting = gc.isenabled()
     gc.disable()
     try:
-        while time.perf_counter() < stop or len(rounds[order[0]]) < _MIN_ROUNDS:
+        while time.perf_counter() < stop or len(turns[order[0]]) <= _MIN_ROUNDS:
             for name in order:
                 time.sleep(_PAUSE_SECONDS)
-                rounds[name].append(_slice(engines[name]))
+                turns[name].append(_slice(engines[name]))
             order.reverse()  # nobody always comes after the same neighbour
     finally:
         if collecting:
             gc.enable()
-    first = np.array([np.median(times) for times in rounds[next(iter(engines))]])
+    return turns
+
+
+def summarize(rounds: Mapping[str, list[list[float]]]) -> list[Timing]:
+    """Medians, spread and ratios of the times in ms that each engine took in each round."""
+    first = np.array([np.median(times) for times in rounds[next(iter(rounds))]])
     return [_timing(name, times, first) for name, times in rounds.items()]
 
 
-def _slice(call: Callable[[], Any]) -> list[float]:
-    """The times of the counted calls of one slice, in ms; at least one."""
+def _slice(call: Callable[[], Any]) -> Turn:
+    """One turn; at least one call counts."""
     start = time.perf_counter()
     counted: list[float] = []
+    uncounted = 0
     while True:
         before = time.perf_counter()
         call()
         after = time.perf_counter()
         if before - start >= _SLICE_SECONDS * _UNCOUNTED_SHARE:
             counted.append(1e3 * (after - before))
+        else:
+            uncounted += 1
         if after - start >= _SLICE_SECONDS and counted:
-            return counted
+            return Turn(uncounted, counted)
 
 
 def _timing(name: str, rounds: list[list[float]], first: np.ndarray) -> Timing:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pumice.errors import PumiceError
 
-COMMANDS = ("inspect", "compile", "run", "bench", "demo")
+COMMANDS = ("inspect", "compile", "tune", "run", "bench", "demo")
 
 _EXIT_CODES = """\
 exit codes: 0 fine, 1 unexpected error, 2 usage, 3 bad model or mask, 4 unsupported operator or target,
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except PumiceError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "interrupted", 130)
     except BrokenPipeError:  # the reader, such as `head`, has gone: nothing is wrong and nobody listens
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -25,18 +25,19 @@ from pumice.frontend.masks import apply_masks, read_masks
 from pumice.module import inputs_of, layers_of, output_names_of, source_of, weights_of
 from pumice.passes.calibrate import Calibrate, read_calibration
 from pumice.passes.check_zeros import NoPrunedWeightCameBack
-from pumice.passes.choose_kernel import preview
+from pumice.passes.choose_kernel import Chooser, preview
 from pumice.passes.correct_bias import CorrectBias
 from pumice.passes.equalize import EqualizeChannels
 from pumice.passes.layer_error import RecordLayerErrors
 from pumice.passes.layers import find_layers
+from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.passes.prune import Prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.simplify import SimplifyModel
 from pumice.passes.sparsity import RecordLayers
-from pumice.passes.weights import BindWeights
+from pumice.schedules.measurements import Machine, read_measurements
 from pumice.targets.isa import isa
 from pumice.targets.library import write_library
 from pumice.targets.target import Target
@@ -67,6 +68,8 @@ class CompileOptions:
     threads: int | None = None
     equalize: bool = True
     correct_bias: bool = True
+    measure_errors: bool = True
+    tuning_db: str | None = None  # the file's name, without its folder
 
 
 def compile_model(
@@ -82,6 +85,8 @@ def compile_model(
     quantize: bool = True,
     equalize: bool = True,
     correct_bias: bool = True,
+    measure_errors: bool = True,
+    tuning_db: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -94,27 +99,50 @@ def compile_model(
     0/1 arrays by weight name, or a .safetensors or .npz file of them, ``keep_float`` the layers, by name pattern,
     that stay float32. ``equalize`` scales channels to one range before calibration, and ``correct_bias`` takes the
     mean error of the rounded weights out of the biases (see the passes of these names); both use the calibration
-    data. ``threads`` is what the library runs on by default (None: one for each core).
+    data, as ``measure_errors`` does, which gives the report its SNR. ``tuning_db`` is a file of ``pumice tune``, whose
+    times decide on the kernels of the layers that it has; ``threads`` is what the library runs on by default (None:
+    one for each core).
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
     pool = check_threads(threads)
     patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
-    options = CompileOptions(target, calibration_method, prune, patterns, quantize, threads, equalize, correct_bias)
+    options = CompileOptions(
+        target,
+        calibration_method,
+        prune,
+        patterns,
+        quantize,
+        threads,
+        equalize,
+        correct_bias,
+        measure_errors,
+        Path(tuning_db).name if tuning_db else None,
+    )
     device = Target.parse(target)
+    chooser = _chooser(tuning_db, Machine.of(device, pool))
     stage = Stages(progress)
     with stage("read the model"):
         mod = read_model(model, inputs)
-    mod = prepare(mod, options, _samples(calibration, mod), masks, stage)
+    mod = prepare(mod, options, samples_of(calibration, mod), masks, stage)
     manifest = _describe(mod, device, options, model)
     with stage(f"lower for {device.name}"):
-        lowered = _apply(lower(mod, device, LowerOptions(pool)), BindWeights())
+        lowered = lower(mod, device, LowerOptions(pool, chooser))
+        plan = link_steps(lowered)
     manifest["layers"] = [_finite(layer.to_json()) for layer in layers_of(lowered).values()]
     owner = TemporaryDirectory(prefix="pumice-")
     path = Path(owner.name, "model.so")
     with stage("generate code and link"):
-        write_library(lowered, device, manifest, path)
+        write_library(plan, device, manifest, path)
     return CompiledModel(path, threads, owner)
+
+
+def _chooser(tuning_db: str | Path | None, machine: Machine) -> Chooser:
+    """By the times in the file, which may be of another CPU: the report then says of which."""
+    if tuning_db is None:
+        return Chooser()
+    measured = read_measurements(tuning_db, machine)
+    return Chooser(measured=measured, where="here" if measured.machine == machine else f"on {measured.machine.cpu}")
 
 
 def prepare(
@@ -164,6 +192,8 @@ def _run_passes(
     if options.correct_bias:
         with stage("correct biases"):
             mod = _apply(mod, CorrectBias(original, calibration))
+    if not options.measure_errors:
+        return mod
     with stage("measure the error of each layer"):
         return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod)))
 
@@ -217,9 +247,10 @@ class Stages:
         self._progress(name, time.perf_counter() - start)
 
 
-def _samples(
+def samples_of(
     calibration: Mapping[str, np.ndarray] | str | Path | None, mod: IRModule
 ) -> Mapping[str, np.ndarray] | None:
+    """Calibration data as the user gives it, a file or arrays, as arrays."""
     if isinstance(calibration, str | Path):
         return read_calibration(calibration, mod)
     if calibration is not None and not isinstance(calibration, Mapping):

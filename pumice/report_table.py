@@ -24,6 +24,9 @@ def format_report(manifest: dict[str, Any], width: int) -> str:
         for entry in manifest[kind]:
             shape = "x".join(map(str, entry["shape"])) or "scalar"
             lines.append(f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}")
+    if "workspace" in manifest:
+        sizes = {kind: format_bytes(manifest[kind]) for kind in ("weights", "workspace")}
+        lines.append(f"  memory {sizes['weights']} of weights, {sizes['workspace']} of workspace")
     return "\n".join([*lines, "", format_layers(layers, width), *_format_targets(manifest.get("targets", []))])
 
 

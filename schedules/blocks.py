@@ -8,7 +8,7 @@ all blocks in the same order for every quad and needs no lists of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,12 +17,16 @@ QUAD = 4  # output rows that are packed into one word
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks of one weight.
+    """The blocks of one weight, in the order in which a kernel walks them.
 
-    data: int8 ``[count, shared, 4]`` or float32 ``[count, shared, 1]``, list after list
+    The reduction may be cut into *tiles* of ``tile_words`` input words each, so that the activations which a tile
+    reads stay in the cache while all output rows pass over them. Blocks lie tile after tile, in a tile list after
+    list, in a list word after word with the taps of a word side by side.
+
+    data: int8 ``[count, shared, 4]`` or float32 ``[count, shared, 1]``
     columns: int32 ``[count]`` (``[taps * words]`` if dense): which word of the reduction a block multiplies,
         counted as ``tap * words + word``
-    starts: int32 ``[quads * 4 / shared + 1]``: where each list starts; None if dense
+    starts: int32 ``[tiles * lists + 1]``, where each list of each tile starts; None if dense
     """
 
     data: np.ndarray
@@ -32,11 +36,17 @@ class Blocks:
     rows: int  # output rows, a multiple of 4 (the last ones may be padding)
     taps: int
     words: int  # words along the input channels
+    tile_words: int
 
     @property
     def is_dense(self) -> bool:
         """Whether every block is there."""
         return self.starts is None
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the reduction has."""
+        return -(-self.words // self.tile_words)
 
     @property
     def work(self) -> int:
@@ -49,42 +59,65 @@ class Blocks:
         starts = 0 if self.starts is None else self.starts.nbytes
         return self.data.nbytes + self.columns.nbytes + starts
 
+    def tiled(self, tile_words: int) -> Blocks:
+        """The same blocks, of a single tile, cut into tiles of ``tile_words``."""
+        lists = self.rows // self.shared
+        if tile_words >= self.words:
+            return self
+        if self.starts is None:
+            columns, which = np.tile(self.columns, lists), np.repeat(np.arange(lists), len(self.columns))
+        else:
+            columns, which = self.columns, np.repeat(np.arange(lists), np.diff(self.starts))
+        place = columns % self.words // tile_words * lists + which
+        order = np.argsort(place, kind="stable")
+        data = np.ascontiguousarray(self.data[order])
+        if self.starts is None:
+            return replace(self, data=data, tile_words=tile_words)
+        starts = np.zeros(-(-self.words // tile_words) * lists + 1, np.int32)
+        np.cumsum(np.bincount(place, minlength=len(starts) - 1), out=starts[1:])
+        return replace(self, data=data, columns=self.columns[order], starts=starts, tile_words=tile_words)
+
 
 def dense_blocks(rows: np.ndarray) -> Blocks:
     """Every block of ``rows`` ``[N, taps, C]``, four output rows sharing each."""
     words = _words(rows)
-    quads, _, taps, count, depth = words.shape
+    quads, _, count, taps, depth = words.shape
     data = words.transpose(0, 2, 3, 1, 4).reshape(-1, QUAD, depth)
-    columns = np.arange(taps * count, dtype=np.int32)
-    return Blocks(np.ascontiguousarray(data), columns, None, QUAD, quads * QUAD, taps, count)
+    columns = _columns(count, taps)
+    return Blocks(np.ascontiguousarray(data), columns, None, QUAD, quads * QUAD, taps, count, count)
 
 
 def sparse_blocks(rows: np.ndarray, shared: int) -> Blocks:
-    """The blocks of ``rows`` ``[N, taps, C]`` that are not all zero, in lists for each ``shared`` (1 or 4) rows."""
+    """The blocks of ``rows`` ``[N, taps, C]`` that are not all zero, in lists for each ``shared`` (1, 2, 4) rows."""
     words = _words(rows)
-    quads, _, taps, count, depth = words.shape
-    lists = words.reshape(quads * QUAD // shared, shared, taps * count, depth).transpose(0, 2, 1, 3)
+    quads, _, count, taps, depth = words.shape
+    lists = words.reshape(quads * QUAD // shared, shared, count * taps, depth).transpose(0, 2, 1, 3)
     present = lists.any(axis=(2, 3))
-    which, columns = np.nonzero(present)
+    which, column = np.nonzero(present)
     starts = np.zeros(len(lists) + 1, np.int32)
     np.cumsum(present.sum(axis=1), out=starts[1:])
-    data = np.ascontiguousarray(lists[which, columns])
-    return Blocks(data, columns.astype(np.int32), starts, shared, quads * QUAD, taps, count)
+    data = np.ascontiguousarray(lists[which, column])
+    return Blocks(data, _columns(count, taps)[column], starts, shared, quads * QUAD, taps, count, count)
 
 
 def count_blocks(rows: np.ndarray, shared: int) -> int:
     """How many blocks ``sparse_blocks`` would keep."""
     words = _words(rows)
-    quads, _, taps, count, depth = words.shape
-    return int(words.reshape(quads * QUAD // shared, shared, taps * count, depth).any(axis=(1, 3)).sum())
+    quads, _, count, taps, depth = words.shape
+    return int(words.reshape(quads * QUAD // shared, shared, count * taps, depth).any(axis=(1, 3)).sum())
 
 
 def _words(rows: np.ndarray) -> np.ndarray:
-    """``[N, taps, C]`` -> ``[quads, 4, taps, words, depth]``, padded with zeros."""
+    """``[N, taps, C]`` -> ``[quads, 4, words, taps, depth]``, padded with zeros."""
     depth = 4 if rows.dtype == np.int8 else 1
     n, taps, c = rows.shape
     padded = np.pad(rows, ((0, -n % QUAD), (0, 0), (0, -c % depth)))
-    return padded.reshape(-1, QUAD, taps, padded.shape[2] // depth, depth)
+    return padded.reshape(-1, QUAD, taps, padded.shape[2] // depth, depth).swapaxes(2, 3)
+
+
+def _columns(words: int, taps: int) -> np.ndarray:
+    """``tap * words + word`` of every column, word after word: a word's taps read the same lines of the input."""
+    return np.asarray(np.arange(taps) * words + np.arange(words)[:, None], np.int32).ravel()
 
 
 def expand_groups(rows: np.ndarray, groups: int) -> np.ndarray:

@@ -9,6 +9,7 @@ requantize into one packed word. Sparse and dense, int8 and float32 are the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,10 @@ from tvm.tirx.script.builder import ir as T
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD, Blocks
 from pumice.schedules.emit import Buffer, Expr
-from pumice.schedules.epilogue import Epilogue, centred_residual, finish
-from pumice.schedules.geometry import Geometry, Window
+from pumice.schedules.epilogue import Epilogue, finish, pack_pair, pack_words, residual_of_word, round_unsaturated
+from pumice.schedules.geometry import Geometry
+from pumice.schedules.places import Places
+from pumice.schedules.tiling import Tiling
 from pumice.targets.isa import Isa
 
 
@@ -42,8 +45,33 @@ class Convolution:
     columns: int
     shared: int
     is_dense: bool
+    tiles: int  # of the reduction
+    tile_columns: int  # columns in one of these (dense only; the last may have fewer)
+    tiling: Tiling
     epilogue: Epilogue
     threads: int = 1
+
+    @classmethod
+    def of(
+        cls, blocks: Blocks, source_rows: int, places: Places, tiling: Tiling, epilogue: Epilogue, threads: int = 1
+    ) -> Convolution:
+        """The workload of ``blocks`` that were cut into tiles of ``tiling.words``."""
+        return cls(
+            dtype=str(blocks.data.dtype),
+            source_rows=source_rows,
+            rows=blocks.rows,
+            source=places.source,
+            target=places.target,
+            blocks=int(blocks.data.shape[0]),
+            columns=len(blocks.columns),
+            shared=blocks.shared,
+            is_dense=blocks.is_dense,
+            tiles=blocks.tiles,
+            tile_columns=blocks.tile_words * blocks.taps if blocks.is_dense else 0,
+            tiling=tiling,
+            epilogue=epilogue,
+            threads=threads,
+        )
 
     @property
     def depth(self) -> int:
@@ -56,23 +84,14 @@ class Convolution:
         return self.target.is_padded
 
 
-def offsets(blocks: Blocks, window: Window, source: Geometry, target: Geometry) -> np.ndarray:
+def offsets(blocks: Blocks, places: Places) -> np.ndarray:
     """For each of the blocks' columns, the distance from an output's position to the word that it reads.
 
-    ``source`` is laid out ``[words, phases, P]``: phases of the window's stride are rows of their own.
+    ``places.source`` is laid out ``[words, phases, P]``: phases of the window's stride are rows of their own.
     """
     tap, word = np.divmod(blocks.columns.astype(np.int64), blocks.words)
-    row = len(window.phases()) * source.positions
-    return np.asarray(word * row + tap_offsets(window, source, target)[tap], np.int32)
-
-
-def tap_offsets(window: Window, source: Geometry, target: Geometry) -> np.ndarray:
-    """The same for each tap of ``window``, within one channel word: int64 ``[taps]``."""
-    phases = window.phases()
-    shifts = [
-        phases.index(phase) * source.positions + shift[0] * source.pitch + shift[1] for phase, shift in window.taps()
-    ]
-    return np.asarray(shifts, np.int64) + (source.base - target.base)
+    row = len(places.window.phases()) * places.source.positions
+    return np.asarray(word * row + places.shifts[tap], np.int32)
 
 
 def convolution(work: Convolution, isa: Isa, name: str = "convolution") -> tirx.PrimFunc:
@@ -86,35 +105,29 @@ class _Emitter:
     def __init__(self, work: Convolution, isa: Isa) -> None:
         self.work, self.isa, self.lanes = work, isa, isa.lanes
         self.acc_dtype = "int32" if work.dtype == "int8" else "float32"
+        self.packed = work.epilogue.output == "uint8"
         self.vectors = -(-work.target.span // self.lanes)
-        self.tiles = -(-self.vectors // self._largest_tile())
-
-    def _largest_tile(self) -> int:
-        """Vectors of positions a tile: as many accumulators as hide the latency and leave registers for operands."""
-        return self.isa.registers * 3 // 16 if self.work.shared == QUAD else self.isa.registers // 4
+        self.position_tiles = -(-self.vectors // work.tiling.vectors)
+        self.quads = work.rows // QUAD
+        self.group = min(work.tiling.rows // QUAD, self.quads)
 
     def emit(self) -> None:
         self._declare()
+        groups = -(-self.quads // self.group)
+        with emit.loop(self.position_tiles * groups, self._is_parallel()) as unit:
+            tile, first_quad = unit // groups, (unit % groups) * self.group
+            quads = tirx.min(tirx.const(self.group, "int32"), self.quads - first_quad)
+            if self.quads % self.group == 0:
+                quads = self.group
+            self._for_width(tile, lambda first, vectors: self._unit(first_quad, quads, first, vectors))
+            if self.work.masks_padding:
+                with T.serial(0, quads) as q:
+                    self._fill_edges(first_quad + q, tile)
+
+    def _is_parallel(self) -> bool:
         work = self.work
-        quads = work.rows // QUAD
-        smaller, larger = divmod(self.vectors, self.tiles)
-        is_heavy = work.blocks * work.shared * self.vectors > _PARALLEL_WORK
-        parallel = work.threads > 1 and (is_heavy or quads * self.vectors > _PARALLEL_WORK)
-        with emit.loop(self.tiles * quads, parallel) as unit:
-            tile, quad = unit // quads, unit % quads
-            first = tile * smaller + tirx.min(tile, tirx.const(larger, "int32"))
-            if larger == 0:
-                self._tile(quad, first, smaller)
-            elif self.tiles == 1:
-                self._tile(quad, first, smaller + larger)
-            else:
-                with T.If(tile < larger):
-                    with T.Then():
-                        self._tile(quad, first, smaller + 1)
-                    with T.Else():
-                        self._tile(quad, first, smaller)
-            if work.masks_padding:
-                self._fill_edges(quad, tile)
+        products = work.blocks * work.shared * self.vectors
+        return work.threads > 1 and max(products, self.quads * self.vectors) > _PARALLEL_WORK
 
     def _declare(self) -> None:
         work = self.work
@@ -123,92 +136,112 @@ class _Emitter:
         weight = emit.argument("weight", (work.blocks, work.shared, work.depth), work.dtype)
         self.offset = emit.argument("offset", (work.columns,), "int32")
         if not work.is_dense:
-            self.start = emit.argument("start", (work.rows // work.shared + 1,), "int32")
+            self.start = emit.argument("start", (work.tiles * (work.rows // work.shared) + 1,), "int32")
         self.bias = emit.argument("bias", (work.rows,), self.acc_dtype)
         if is_int8:
             self.multiplier = emit.argument("multiplier", (work.rows,), "float32")
-        packed = work.epilogue.output == "uint8"
-        out_rows, out_depth = (work.rows // QUAD, 4) if packed else (work.rows, 1)
+        out_rows, out_depth = (self.quads, 4) if self.packed else (work.rows, 1)
         out_shape = (out_rows, work.target.positions, out_depth)
         residual = emit.argument("residual", out_shape, work.epilogue.output) if work.epilogue.residual else None
         if work.masks_padding:
             self.mask = emit.argument("mask", (work.target.positions,), "int32")
         y = emit.argument("y", out_shape, work.epilogue.output)
-        word = "int32" if packed else "float32"
+        word = "int32" if self.packed else "float32"
         self.x = emit.words_of(x, self.acc_dtype)
         self.weight = emit.words_of(weight, self.acc_dtype)
         self.residual = emit.words_of(residual, word) if residual is not None else None
         self.y = emit.words_of(y, word)
 
-    def _tile(self, quad: Expr, first: Expr, vectors: int) -> None:
-        """All four rows of ``quad`` at ``vectors`` vectors of positions from ``first``."""
-        work, lanes = self.work, self.lanes
-        width = vectors * lanes
-        position = first * lanes + work.target.base
-        packed = work.epilogue.output == "uint8"
-        staged = T.alloc_buffer((QUAD * width,), "int32", scope="local") if packed else None
-        acc = T.alloc_buffer((work.shared * width,), self.acc_dtype, scope="local")
-        with emit.loop(QUAD // work.shared) as step:
-            row0 = step * work.shared
-            for r in range(work.shared):
-                for v in range(vectors):
-                    bias = emit.splat(self.bias[quad * QUAD + row0 + r], lanes)
-                    emit.store(acc, r * width + v * lanes, bias, lanes)
-            self._accumulate(acc, quad, row0, position, vectors)
-            for r in range(work.shared):
-                for v in range(vectors):
-                    value = emit.load(acc, r * width + v * lanes, lanes)
-                    finished = self._finish(value, quad, row0 + r, position + v * lanes)
-                    if staged is not None:
-                        emit.store(staged, (row0 + r) * width + v * lanes, finished, lanes)
-                    else:
-                        row = (quad * QUAD + row0 + r) * work.target.positions
-                        finished = self._masked(finished, position + v * lanes, 0.0, "float32")
-                        emit.store(self.y, row + position + v * lanes, finished, lanes)
-        if staged is not None:
-            for v in range(vectors):
-                rows = [emit.load(staged, r * width + v * lanes, lanes) for r in range(QUAD)]
-                zero = emit.splat_word(work.epilogue.zero_point)
-                word = self._masked(emit.pack_bytes(rows, lanes), position + v * lanes, zero, "int32")
-                emit.store(self.y, quad * work.target.positions + position + v * lanes, word, lanes)
+    def _for_width(self, tile: Expr, body: Callable[[Expr, int], None]) -> None:
+        """``body(first vector, vectors)`` of a tile of positions; their widths differ by one at most."""
+        smaller, larger = divmod(self.vectors, self.position_tiles)
+        first = tile * smaller + tirx.min(tile, tirx.const(larger, "int32"))
+        if larger == 0:
+            body(first, smaller)
+            return
+        with T.If(tile < larger):
+            with T.Then():
+                body(first, smaller + 1)
+            with T.Else():
+                body(first, smaller)
 
-    def _accumulate(self, acc: Buffer, quad: Expr, row0: Expr, position: Expr, vectors: int) -> None:
+    def _unit(self, first_quad: Expr, quads: Expr, first: Expr, vectors: int) -> None:
+        """A group of rows at ``vectors`` vectors of positions: the reduction tile by tile, the last one finishes."""
+        position = first * self.lanes + self.work.target.base
+        last = self.work.tiles - 1
+        if last == 0:
+            with T.serial(0, quads) as q:
+                self._quad(_Quad(first_quad + q, position, vectors), 0)
+            return
+        size = QUAD * vectors * self.lanes
+        waiting = T.alloc_buffer((self.group * size,), self.acc_dtype, scope="global")
+        with T.serial(0, quads) as q:
+            for r in range(QUAD):
+                bias = emit.splat(self.bias[(first_quad + q) * QUAD + r], self.lanes)
+                for v in range(vectors):
+                    emit.store(waiting, q * size + (r * vectors + v) * self.lanes, bias, self.lanes)
+        with emit.loop(last) as tile, T.serial(0, quads) as q:
+            self._quad(_Quad(first_quad + q, position, vectors, waiting, q * size), tile)
+        with T.serial(0, quads) as q:
+            self._quad(_Quad(first_quad + q, position, vectors, waiting, q * size), last)
+
+    def _quad(self, quad: _Quad, tile: Expr | int) -> None:
+        """Four output rows, ``shared`` at a time, over one tile of the reduction."""
+        lanes, shared = self.lanes, self.work.shared
+        places = [(r, v) for r in range(shared) for v in range(quad.vectors)]
+        done = _Done(self, quad) if isinstance(tile, int) else None
+        if done is not None and self.packed and self.residual is not None:
+            soon = (quad.index + _QUADS_AHEAD) * self.work.target.positions + quad.position
+            for v in range(quad.vectors):
+                emit.prefetch(self.residual, soon + v * lanes)
+        acc = dict(zip(places, emit.registers(len(places), lanes, self.acc_dtype), strict=True))
+        for row0 in range(0, QUAD, shared):
+            for r, v in places:
+                emit.store(acc[r, v], 0, self._initial(quad, row0 + r, v), lanes)
+            self._accumulate(acc, quad, row0, tile)
+            for r, v in places:
+                value = emit.load(acc[r, v], 0, lanes)
+                if done is None:
+                    emit.store(quad.waiting, quad.place(row0 + r, v, lanes), value, lanes)
+                else:
+                    done.take(row0 + r, v, value)
+
+    def _initial(self, quad: _Quad, row: int, v: int) -> Expr:
+        if quad.waiting is None:
+            return emit.splat(self.bias[quad.index * QUAD + row], self.lanes)
+        return emit.load(quad.waiting, quad.place(row, v, self.lanes), self.lanes)
+
+    def _accumulate(self, acc: dict[tuple[int, int], Buffer], quad: _Quad, row0: int, tile: Expr | int) -> None:
         """The inner loop: one offset, ``vectors`` loads, ``shared`` weights, ``vectors * shared`` products a block."""
         work, lanes = self.work, self.lanes
-        width = vectors * lanes
-        if work.is_dense:
-            begin, end, weights = 0, work.columns, quad * work.columns
-        else:
-            which = (quad * QUAD + row0) // work.shared if work.shared > 1 else quad * QUAD + row0
-            begin, end, weights = self.start[which], self.start[which + 1], 0
+        begin, end, weights = self._list(quad, row0, tile)
+        if not work.is_dense:
+            emit.prefetch(self.weight, begin * work.shared + _AHEAD)
+            emit.prefetch(self.offset, begin + _AHEAD)
         with T.serial(begin, end) as j:
-            source = self.offset[j] + position
+            source = self.offset[j] + quad.position
             operands = [emit.splat(self.weight[(weights + j) * work.shared + r], lanes) for r in range(work.shared)]
-            for v in range(vectors):
+            if work.is_dense:
+                emit.prefetch(self.weight, (weights + j) * work.shared + _AHEAD)
+            for v in range(quad.vectors):
                 x = emit.load(self.x, source + v * lanes, lanes)
                 for r, w in enumerate(operands):
-                    at = r * width + v * lanes
-                    old = emit.load(acc, at, lanes)
+                    old = emit.load(acc[r, v], 0, lanes)
                     product = self.isa.dot4(old, x, w) if work.dtype == "int8" else x * w + old
-                    emit.store(acc, at, product, lanes)
+                    emit.store(acc[r, v], 0, product, lanes)
 
-    def _finish(self, acc: Expr, quad: Expr, row: Expr, position: Expr) -> Expr:
-        """The epilogue of one vector: requantized int32 0..255, or float32."""
-        is_int8 = self.work.dtype == "int8"
-        scale = emit.splat(self.multiplier[quad * QUAD + row], self.lanes) if is_int8 else None
-        residual = self._residual(quad, row, position)
-        return finish(acc, scale, residual, self.work.epilogue, self.lanes)
+    def _list(self, quad: _Quad, row0: int, tile: Expr | int) -> tuple[Expr, Expr, Expr]:
+        """The columns of a list, begin and end, and how far its weights lie from these."""
+        work = self.work
+        if not work.is_dense:
+            lists = work.rows // work.shared
+            which = tile * lists + (quad.index * QUAD + row0) // work.shared
+            return self.start[which], self.start[which + 1], 0
+        begin = tile * work.tile_columns
+        count = work.columns - begin if isinstance(tile, int) else work.tile_columns
+        return begin, begin + count, begin * (self.quads - 1) + quad.index * count
 
-    def _residual(self, quad: Expr, row: Expr, position: Expr) -> Expr | None:
-        lanes, positions = self.lanes, self.work.target.positions
-        if self.work.epilogue.residual is None:
-            return None
-        if self.work.epilogue.output == "float32":
-            return emit.load(self.residual, (quad * QUAD + row) * positions + position, lanes)
-        word = emit.load(self.residual, quad * positions + position, lanes)
-        return centred_residual(emit.byte_of(word, row, lanes), self.work.epilogue, lanes)
-
-    def _masked(self, value: Expr, position: Expr, padding: float, dtype: str) -> Expr:
+    def masked(self, value: Expr, position: Expr, padding: float, dtype: str) -> Expr:
         """``value`` where a pixel lies, ``padding`` elsewhere."""
         if not self.work.masks_padding:
             return value
@@ -218,16 +251,92 @@ class _Emitter:
     def _fill_edges(self, quad: Expr, tile: Expr) -> None:
         """Padding before the first and after the last tile, written by these two."""
         work, lanes = self.work, self.lanes
-        packed = work.epilogue.output == "uint8"
-        padding, dtype = (emit.splat_word(work.epilogue.zero_point), "int32") if packed else (0.0, "float32")
+        padding, dtype = (emit.splat_word(work.epilogue.zero_point), "int32") if self.packed else (0.0, "float32")
         filler = emit.splat(padding, lanes, dtype)
         end = work.target.base + self.vectors * lanes
-        for rows in range(1 if packed else QUAD):
-            row = quad * work.target.positions if packed else (quad * QUAD + rows) * work.target.positions
-            for which, begin, stop in ((0, 0, work.target.base), (self.tiles - 1, end, work.target.positions)):
+        for rows in range(1 if self.packed else QUAD):
+            row = quad * work.target.positions if self.packed else (quad * QUAD + rows) * work.target.positions
+            for which, begin, stop in ((0, 0, work.target.base), (self.position_tiles - 1, end, work.target.positions)):
                 if stop > begin:
                     with T.If(tile == which), T.Then(), emit.loop((stop - begin) // lanes) as i:
                         emit.store(self.y, row + begin + i * lanes, filler, lanes)
 
 
+@dataclass(frozen=True)
+class _Quad:
+    """Four output rows at ``vectors`` vectors from ``position``; between tiles of the reduction their accumulators
+    wait at ``slot`` of ``waiting``."""
+
+    index: Expr
+    position: Expr
+    vectors: int
+    waiting: Buffer | None = None
+    slot: Expr | int = 0
+
+    def place(self, row: int, v: int, lanes: int) -> Expr:
+        """Where the accumulator of ``row`` (0..3) at vector ``v`` waits."""
+        return self.slot + (row * self.vectors + v) * lanes
+
+
+class _Done:
+    """Takes the finished accumulators of a quad, row after row, and stores them.
+
+    Bytes are packed as soon as two rows are there: what has been finished then holds few of the registers that the
+    accumulators of the next row want.
+    """
+
+    def __init__(self, emitter: _Emitter, quad: _Quad) -> None:
+        self.emitter, self.quad, self.lanes = emitter, quad, emitter.lanes
+        if emitter.packed:
+            self.single = emit.registers(quad.vectors, emitter.lanes, "int32")
+            self.pair = emit.registers(quad.vectors, emitter.lanes, "int32")
+
+    def take(self, row: int, v: int, acc: Expr) -> None:
+        """The accumulator of ``row`` (0..3) at vector ``v``."""
+        epilogue, lanes = self.emitter.work.epilogue, self.lanes
+        if not self.emitter.packed:
+            self._store_floats(row, v, acc)
+            return
+        rounded = round_unsaturated(acc, self._scale(row), self._residual(row, v), epilogue, lanes)
+        if row % 2 == 0:
+            emit.store(self.single[v], 0, rounded, lanes)
+            return
+        pair = pack_pair(emit.load(self.single[v], 0, lanes), rounded, epilogue, lanes)
+        if row == 1:
+            emit.store(self.pair[v], 0, pair, lanes)
+            return
+        word = pack_words(emit.load(self.pair[v], 0, lanes), pair, epilogue, lanes)
+        word = self.emitter.masked(word, self._position(v), emit.splat_word(epilogue.zero_point), "int32")
+        emit.store(self.emitter.y, self.quad.index * self._positions + self._position(v), word, lanes)
+
+    def _store_floats(self, row: int, v: int, acc: Expr) -> None:
+        value = finish(acc, self._scale(row), self._residual(row, v), self.emitter.work.epilogue, self.lanes)
+        value = self.emitter.masked(value, self._position(v), 0.0, "float32")
+        to = (self.quad.index * QUAD + row) * self._positions + self._position(v)
+        emit.store(self.emitter.y, to, value, self.lanes)
+
+    def _scale(self, row: int) -> Expr | None:
+        if self.emitter.work.dtype != "int8":
+            return None
+        return emit.splat(self.emitter.multiplier[self.quad.index * QUAD + row], self.lanes)
+
+    def _residual(self, row: int, v: int) -> Expr | None:
+        epilogue, other = self.emitter.work.epilogue, self.emitter.residual
+        if other is None:
+            return None
+        if not self.emitter.packed:
+            return emit.load(other, (self.quad.index * QUAD + row) * self._positions + self._position(v), self.lanes)
+        word = emit.load(other, self.quad.index * self._positions + self._position(v), self.lanes)
+        return residual_of_word(word, row, epilogue, self.emitter.isa)
+
+    @property
+    def _positions(self) -> int:
+        return self.emitter.work.target.positions
+
+    def _position(self, v: int) -> Expr:
+        return self.quad.position + v * self.lanes
+
+
+_QUADS_AHEAD = 2  # rows of a residual are too far apart for the CPU to see what comes next
+_AHEAD = 1024  # words: a dense weight is used once, and from memory it comes too late if it is only then asked for
 _PARALLEL_WORK = 20_000  # vector products below which waking the other threads costs more than it saves

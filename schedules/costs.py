@@ -1,24 +1,88 @@
-"""What each form of a layer costs, from measurements: the table behind "sparse or dense".
+"""What a layer costs in each form, from measurements: the table behind "sparse or dense".
 
-``python bench/kernel_costs.py`` measures it, here on one Zen 5 core: nanoseconds for one product of a word of weights
-with a vector of positions (convolution) or of a vector of weights with a word (gemv), medians over shapes of ResNet-50
-and BERT-base. Only ratios between the forms of one instruction set matter.
+``python bench/kernel_costs.py`` measures kernels of many shapes and fits these numbers to their times, here on one
+Zen 5 core. Only ratios between the forms of one instruction set matter; ``pumice tune`` replaces the estimate by
+measurements of the layer itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pumice.schedules.tiling import DENSE, FORMS, L1_SIZE, Extent, Form, Tiling, tilings
+from pumice.targets.isa import Isa
+
 
 @dataclass(frozen=True)
 class Costs:
-    """Nanoseconds a vector product in each form: dense, lists a row (1x4), lists for four rows (4x4)."""
+    """Nanoseconds for one of each; the time of a kernel is taken for their sum.
 
-    dense: float
-    sparse: float
-    shared: float
+    product: a word of weights times a vector of positions
+    load: a vector of positions; unaligned, missed: what it costs more if it crosses lines, or is not in L1
+    operand: a word of weights or an offset, for a tile of positions
+    step: a list in one tile of positions: its loop ends where no CPU can foresee
+    output: the epilogue of a vector; waiting: an accumulator that is put aside and taken up again
+    gemv_dense, gemv_sparse: an entry of the kernel for one position
+    """
+
+    product: float
+    load: float
+    unaligned: float
+    missed: float
+    operand: float
+    step: float
+    output: float
+    waiting: float
     gemv_dense: float
     gemv_sparse: float
+
+
+def features(extent: Extent, form: Form, entries: int, tiling: Tiling) -> dict[str, float]:
+    """How many of each thing that ``Costs`` prices a kernel does; ``entries`` are its blocks, fill-in included."""
+    tiles, cuts = -(-extent.vectors // tiling.vectors), -(-extent.words // tiling.words)
+    loads = entries * extent.vectors
+    missed = max(0.0, 1 - L1_SIZE / max(extent.touched(tiling), 1))
+    return {
+        "product": loads * form.shared,
+        "load": loads,
+        "unaligned": loads * extent.unaligned,
+        "missed": 0.0 if form.is_dense else loads * missed,  # in order, the next lines are fetched ahead
+        "operand": entries * tiles * (form.shared + (not form.is_dense)),
+        "step": 0.0 if form.is_dense else extent.rows // form.shared * cuts * tiles,
+        "output": extent.rows * extent.vectors,
+        "waiting": extent.rows * extent.vectors * (cuts - 1),
+    }
+
+
+def estimate(extent: Extent, form: Form, entries: int, tiling: Tiling, costs: Costs) -> float:
+    """Nanoseconds on one thread."""
+    prices: dict[str, float] = vars(costs)
+    return sum(prices[name] * count for name, count in features(extent, form, entries, tiling).items())
+
+
+def fastest(extent: Extent, form: Form, entries: int, isa: Isa, threads: int, costs: Costs) -> tuple[float, Tiling]:
+    """The best of the form's tilings by the estimate, and its nanoseconds."""
+    found = [(estimate(extent, form, entries, t, costs), t) for t in tilings(extent, form, isa, threads)]
+    return min(found, key=lambda pair: pair[0])
+
+
+def break_even(extent: Extent, isa: Isa, threads: int, costs: Costs) -> float:
+    """The share of zero 1x4 blocks, anywhere in the weight, from which on some sparse form is faster than dense."""
+    total = extent.rows * extent.words * extent.taps
+    dense = fastest(extent, DENSE, total // DENSE.shared, isa, threads, costs)[0]
+
+    def pays(zeros: float) -> bool:
+        for form in FORMS[1:]:
+            present = (1 - zeros**form.shared) * total / form.shared  # some of the rows that share has the block
+            if fastest(extent, form, round(present), isa, threads, costs)[0] < dense:
+                return True
+        return False
+
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
 
 
 def costs_of(isa: str, dtype: str) -> Costs:
@@ -27,14 +91,14 @@ def costs_of(isa: str, dtype: str) -> Costs:
 
 
 _TABLE = {
-    ("vnni512", "int8"): Costs(0.160, 0.363, 0.187, 0.695, 3.535),
-    ("vnni512", "float32"): Costs(0.174, 0.417, 0.179, 1.274, 3.609),
-    ("avx512bw", "int8"): Costs(0.431, 0.563, 0.464, 0.976, 3.616),
-    ("avx512bw", "float32"): Costs(0.177, 0.424, 0.184, 1.271, 3.694),
-    ("avxvnni", "int8"): Costs(0.256, 0.290, 0.259, 0.466, 1.820),
-    ("avxvnni", "float32"): Costs(0.288, 0.297, 0.275, 0.739, 1.831),
-    ("avx2", "int8"): Costs(0.446, 0.573, 0.497, 0.798, 1.803),
-    ("avx2", "float32"): Costs(0.292, 0.308, 0.282, 0.773, 1.849),
-    ("portable", "int8"): Costs(1.095, 1.151, 1.131, 1.607, 1.858),
-    ("portable", "float32"): Costs(0.284, 0.277, 0.285, 0.545, 1.050),
+    ("vnni512", "int8"): Costs(0.0742, 0.1316, 0.0741, 0.1734, 0.0789, 2.0000, 0.2676, 0.7523, 0.5500, 0.8030),
+    ("vnni512", "float32"): Costs(0.0756, 0.1585, 0.0811, 0.1565, 0.0452, 2.0000, 0.3933, 0.4897, 0.5250, 0.7850),
+    ("avx512bw", "int8"): Costs(0.3461, 0.1260, 0.0000, 0.1025, 0.0267, 2.0000, 0.4063, 0.3820, 0.7120, 1.3930),
+    ("avx512bw", "float32"): Costs(0.0791, 0.1512, 0.0834, 0.1516, 0.0382, 2.0000, 0.2710, 0.5656, 0.5900, 0.9220),
+    ("avxvnni", "int8"): Costs(0.1238, 0.1033, 0.0248, 0.0643, 0.0447, 2.0000, 0.1057, 0.1218, 0.2970, 0.5640),
+    ("avxvnni", "float32"): Costs(0.1289, 0.1095, 0.0337, 0.0778, 0.0453, 2.0000, 0.0000, 0.0000, 0.3320, 0.5950),
+    ("avx2", "int8"): Costs(0.3501, 0.0847, 0.0000, 0.2252, 0.1175, 2.0000, 0.3443, 6.2401, 0.5540, 0.9300),
+    ("avx2", "float32"): Costs(0.1277, 0.1050, 0.0403, 0.0723, 0.0588, 2.0000, 0.0000, 0.0000, 0.3360, 0.5980),
+    ("portable", "int8"): Costs(0.7779, 0.0467, 0.0000, 0.0170, 0.5572, 2.0000, 0.4774, 0.0000, 1.2080, 1.7620),
+    ("portable", "float32"): Costs(0.1972, 0.0288, 0.0000, 0.0737, 0.0359, 2.0000, 0.0411, 0.0191, 0.1890, 0.9870),
 }

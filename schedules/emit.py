@@ -59,6 +59,17 @@ def store(buffer: Buffer, offset: Expr, value: Expr, lanes: int) -> None:
     T.buffer_store(buffer, value, [_range(offset, lanes)])
 
 
+def registers(count: int, lanes: int, dtype: str) -> list[Buffer]:
+    """``count`` vectors that live in registers. One buffer each: TVM puts what is larger than 1 KB on the heap."""
+    return [T.alloc_buffer((lanes,), dtype, scope="local") for _ in range(count)]
+
+
+def prefetch(buffer: Buffer, offset: Expr) -> None:
+    """Ask for the cache line of an element, which need not exist."""
+    address = tirx.address_of(buffer[offset])
+    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))
+
+
 def splat(value: Expr | int | float, lanes: int, dtype: str = "int32") -> Expr:
     """One value in every lane."""
     scalar = tirx.const(value, dtype) if isinstance(value, int | float) else value
@@ -81,9 +92,10 @@ def to_float(value: Expr, lanes: int) -> Expr:
 
 
 def exp(x: Expr, lanes: int) -> Expr:
-    """e to the ``x`` in float32, within one unit in the last place or so: Cephes' ``expf``, on vectors.
+    """e to the ``x`` in float32, within two units in the last place, on vectors.
 
     Below -87.3 it gives the smallest normal number rather than zero, above 88.3 the largest power. NaN stays NaN.
+    Cody and Waite's reduction to ``|rest| <= log(2) / 2``, there the polynomial of least relative error (2e-9).
     """
     dtype = vector("float32", lanes)
 
@@ -91,14 +103,15 @@ def exp(x: Expr, lanes: int) -> Expr:
         return splat(value, lanes, "float32")
 
     x = at_most(at_least(x, number(-87.33654)), number(88.37626))
-    power = llvm("llvm.roundeven", dtype, x * number(1.44269504088896341))
+    # Added to this number, a float is rounded to an integer whose biased exponent is in the lowest bits of the sum.
+    shift = 1.5 * 2**23 + 127
+    shifted = fma(x, number(1.44269504088896341), number(shift), lanes)
+    power = shifted - number(shift)
     rest = fma(power, number(2.12194440e-4), fma(power, number(-0.693359375), x, lanes), lanes)
-    series = number(1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+    series = number(1.38367921e-3)
+    for coefficient in (8.374858602e-3, 4.16682288e-2, 1.666641966e-1, 4.999999206e-1, 1.000000036, 1.0):
         series = fma(series, rest, number(coefficient), lanes)
-    series = fma(series, rest * rest, rest + number(1.0), lanes)
-    # The maximum is for NaN alone, which no integer stands for: it comes out of ``series``.
-    exponent = tirx.Cast(vector("int32", lanes), tirx.max(power, number(-126.0))) + splat(127, lanes)
+    exponent = tirx.reinterpret(vector("int32", lanes), shifted)
     return series * tirx.reinterpret(dtype, tirx.shift_left(exponent, splat(23, lanes)))
 
 
@@ -126,7 +139,7 @@ def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) 
     """
     clamped = tirx.max(value, splat(float(low - zero_point), lanes, "float32"))
     clamped = tirx.min(clamped, splat(float(high - zero_point), lanes, "float32"))
-    rounded = tirx.Cast(vector("int32", lanes), llvm("llvm.roundeven", vector("float32", lanes), clamped))
+    rounded = llvm("llvm.lrint", vector("int32", lanes), clamped)  # rounds as the CPU is set: half to even
     return rounded + splat(zero_point, lanes) if zero_point else rounded
 
 

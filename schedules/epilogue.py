@@ -1,9 +1,13 @@
 """What happens to an accumulator before it is stored: scale, residual, activation, requantize.
 
-int8 to uint8: ``clamp(round_half_even(fma(float(acc), multiplier[n], residual)) + zero_point, low, high)`` where
-``residual = float(r - residual.zero_point) * residual.multiplier``; int8 to float32:
-``clamp(fma(float(acc), multiplier[n], residual), low, high)``; float32: ``clamp(acc + residual, low, high)``.
-All in float32, each operation rounded once, the fused multiply-add explicit: every target gives the same integers.
+    float32:         clamp(activation(acc + residual), low, high)
+    int8 to float32: clamp(activation(fma(float(acc), multiplier[n], residual)), low, high)
+    int8 to uint8:   clamp(round_half_even(value) + zero_point, low, high) where value is
+                     fma(float(acc), multiplier[n], residual)  in units of the output, or with an activation
+                     activation(fma(float(acc), multiplier[n], residual)) * scale
+
+with ``residual = float(r - residual.zero_point) * residual.multiplier`` where that is uint8. All in float32, each
+operation rounded once, the fused multiply-add explicit: every target gives the same integers.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import tirx
 
 from pumice.schedules import emit
 from pumice.schedules.emit import Expr
+from pumice.schedules.functions import ACTIVATIONS
+from pumice.targets.isa import Isa, llvm
 
 
 @dataclass(frozen=True)
@@ -26,22 +33,21 @@ class Residual:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """From accumulator to output; ``low`` and ``high`` (quantized units for uint8) are the activation's clamp."""
+    """From accumulator to output; ``low`` and ``high`` (quantized units for uint8) are the last clamp."""
 
     output: str = "uint8"  # or float32
     residual: Residual | None = None
     zero_point: int = 0
     low: float = 0
     high: float = 255
+    activation: str | None = None  # a name of ACTIVATIONS, computed before the clamp
+    scale: float = 1.0  # of the activation's result, for uint8: 1 / the output's scale
+    fits: bool = False  # whether what is rounded to uint8 fits int32 for every accumulator
 
 
 def finish(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
     """The stored value of one vector: int32 in 0..255, or float32. ``scale`` is None for float32 accumulators."""
-    if scale is not None:
-        value = emit.to_float(acc, lanes)
-        value = value * scale if residual is None else emit.fma(value, scale, residual, lanes)
-    else:
-        value = acc if residual is None else acc + residual
+    value = _value(acc, scale, residual, epilogue, lanes)
     if epilogue.output == "uint8":
         return emit.round_to_int(value, int(epilogue.low), int(epilogue.high), epilogue.zero_point, lanes)
     if np.isfinite(epilogue.low):
@@ -51,8 +57,83 @@ def finish(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilo
     return value
 
 
+def round_unsaturated(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
+    """As ``finish`` to uint8, without zero point and clamp: ``pack_pair`` and ``pack_words`` do these on the way."""
+    value = _value(acc, scale, residual, epilogue, lanes)
+    if not epilogue.fits:
+        value = tirx.min(value, emit.splat(float(epilogue.high - epilogue.zero_point), lanes, "float32"))
+        value = tirx.max(value, emit.splat(float(epilogue.low - epilogue.zero_point), lanes, "float32"))
+    return llvm("llvm.lrint", emit.vector("int32", lanes), value)
+
+
+def _value(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
+    """What is clamped, or rounded."""
+    value = acc if scale is None else emit.to_float(acc, lanes)
+    if residual is not None:
+        value = value + residual if scale is None else emit.fma(value, scale, residual, lanes)
+    elif scale is not None and epilogue.activation is None:
+        value = value * scale
+    elif scale is not None:  # a plain product might be fused with the activation's first sum, or not
+        value = emit.fma(value, scale, emit.splat(0.0, lanes, "float32"), lanes)
+    if epilogue.activation is None:
+        return value
+    value = ACTIVATIONS[epilogue.activation](lanes, value)
+    return value * emit.splat(epilogue.scale, lanes, "float32") if epilogue.output == "uint8" else value
+
+
 def centred_residual(value: Expr, epilogue: Epilogue, lanes: int) -> Expr:
     """The float32 residual of int32 values in 0..255."""
     spec = epilogue.residual or Residual()
-    centred = value - emit.splat(spec.zero_point, lanes)
+    return _scaled_residual(value - emit.splat(spec.zero_point, lanes), spec, lanes)
+
+
+def residual_of_word(word: Expr, byte: int, epilogue: Epilogue, isa: Isa) -> Expr:
+    """The float32 residual of one byte of each word; where int8 products are one instruction, that takes it out."""
+    spec = epilogue.residual or Residual()
+    if not isa.has_dot:
+        return centred_residual(emit.byte_of(word, byte, isa.lanes), epilogue, isa.lanes)
+    chosen = emit.splat(1 << 8 * byte, isa.lanes)
+    return _scaled_residual(isa.dot4(emit.splat(-spec.zero_point, isa.lanes), word, chosen), spec, isa.lanes)
+
+
+def _scaled_residual(centred: Expr, spec: Residual, lanes: int) -> Expr:
     return emit.to_float(centred, lanes) * emit.splat(spec.multiplier, lanes, "float32")
+
+
+def pack_pair(first: Expr, second: Expr, epilogue: Epilogue, lanes: int) -> Expr:
+    """Two vectors of ``round_unsaturated`` -> one int32 vector that holds both, for ``pack_words``.
+
+    With 16 lanes (AVX-512) and 8 (AVX2) the instructions that narrow also saturate, so that zero point and clamp
+    cost little: int16 is wide enough for what a zero point moves into 0..255, and a byte is clamped as a byte.
+    """
+    if lanes in _PACKS:
+        pair = llvm(_PACKS[lanes][0], f"int16x{2 * lanes}", first, second)
+        if epilogue.zero_point:
+            shift = emit.splat(tirx.const(epilogue.zero_point, "int16"), 2 * lanes)
+            pair = llvm("llvm.sadd.sat", f"int16x{2 * lanes}", pair, shift)
+        return tirx.reinterpret(emit.vector("int32", lanes), pair)
+    low, high = emit.splat(int(epilogue.low), lanes), emit.splat(int(epilogue.high), lanes)
+    shifted = [value + emit.splat(epilogue.zero_point, lanes) for value in (first, second)]
+    return emit.pack_bytes([tirx.min(tirx.max(value, low), high) for value in shifted], lanes)
+
+
+def pack_words(first: Expr, second: Expr, epilogue: Epilogue, lanes: int) -> Expr:
+    """Two of ``pack_pair`` -> one vector of words of four bytes, the first value lowest."""
+    if lanes not in _PACKS:
+        return tirx.bitwise_or(first, tirx.shift_left(second, emit.splat(16, lanes)))
+    halves = [tirx.reinterpret(f"int16x{2 * lanes}", half) for half in (first, second)]
+    packed = tirx.reinterpret(f"uint8x{4 * lanes}", llvm(_PACKS[lanes][1], f"int8x{4 * lanes}", *halves))
+    if epilogue.low > 0:
+        packed = tirx.max(packed, emit.splat(tirx.const(int(epilogue.low), "uint8"), 4 * lanes))
+    if epilogue.high < 255:
+        packed = tirx.min(packed, emit.splat(tirx.const(int(epilogue.high), "uint8"), 4 * lanes))
+    # In each 128 bits: four bytes of the first value, four of the second, third, fourth; wanted is a byte of each.
+    order = [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(4 * lanes)]
+    shuffled = tirx.Shuffle([packed], [tirx.const(i, "int32") for i in order])
+    return tirx.reinterpret(emit.vector("int32", lanes), shuffled)
+
+
+_PACKS = {
+    16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
+    8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
+}

@@ -1,83 +1,32 @@
 """The kernel of a linear layer with one row: a matrix times a vector.
 
-With one position there is nothing to broadcast a weight against, so the lanes run over output rows instead: a
-*slice* is as many output rows as a vector has lanes, and its weights are streamed once. Dense, every row of a slice
-multiplies the same word of the input; sparse, each has its own list (SELL-C of Kreutzer et al., SIAM J. Sci. Comput.
-36-5, 2014, with int8 words for elements), padded to the longest of the slice, and gathers its words from the input.
+With one position there is nothing to broadcast a weight against, so the lanes run over output rows instead
+(``schedules/slices.py``), and the weights are streamed once. Dense, a panel of slices multiplies the same word of the
+input; sparse, a permutation brings each lane its own word of a window of the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
 from pumice.schedules.emit import Buffer, Expr
 from pumice.schedules.epilogue import Epilogue, centred_residual, finish
+from pumice.schedules.slices import PANEL, UNROLL, panels, sharing
 from pumice.targets.isa import Isa
-
-UNROLL = 4  # independent accumulators: they hide the latency of the product
-
-
-@dataclass(frozen=True)
-class Slices:
-    """A weight in slices of ``lanes`` output rows.
-
-    data: int8 ``[count, lanes, 4]`` or float32 ``[count, lanes, 1]``: entry after entry, slice after slice
-    columns: int32 ``[count, lanes]``, which word of the input each lane multiplies; None if dense
-    starts: int32 ``[slices + 1]``; None if dense
-    """
-
-    data: np.ndarray
-    columns: np.ndarray | None
-    starts: np.ndarray | None
-    words: int
-
-    @property
-    def work(self) -> int:
-        """Vector products."""
-        return int(self.data.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes stored: weights and lists."""
-        lists = [array.nbytes for array in (self.columns, self.starts) if array is not None]
-        return self.data.nbytes + sum(lists)
-
-
-def slice_rows(rows: np.ndarray, lanes: int, sparse: bool) -> Slices:
-    """Slices of ``rows`` ``[N, 1, C]``, int8 or float32."""
-    depth = 4 if rows.dtype == np.int8 else 1
-    matrix = np.pad(rows[:, 0, :], ((0, -len(rows) % lanes), (0, -rows.shape[2] % depth)))
-    words = matrix.shape[1] // depth
-    slices = matrix.reshape(-1, lanes, words, depth)
-    if not sparse:
-        return Slices(np.ascontiguousarray(slices.transpose(0, 2, 1, 3)).reshape(-1, lanes, depth), None, None, words)
-    present = slices.any(axis=3)
-    longest = present.sum(axis=2).max(axis=1)
-    lengths = -(-longest // UNROLL) * UNROLL
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    data = np.zeros((int(starts[-1]), lanes, depth), rows.dtype)
-    columns = np.zeros((int(starts[-1]), lanes), np.int32)
-    order = np.cumsum(present, axis=2) - 1
-    which, lane, word = np.nonzero(present)
-    entry = starts[which] + order[which, lane, word]
-    data[entry, lane] = slices[which, lane, word]
-    columns[entry, lane] = word
-    return Slices(data, columns, starts, words)
 
 
 @dataclass(frozen=True)
 class Gemv:
-    """One workload. ``rows`` (a multiple of 4) are stored; bias and multiplier are padded to whole slices.
+    """One workload. ``rows`` (a multiple of 4) are stored; bias and multiplier are those of ``Slices.per_row``.
 
-    Arguments in order: x ``[source_rows, 1, depth]``; weight ``[count, lanes, depth]``; columns int32
-    ``[count, lanes]`` and starts int32 ``[slices + 1]`` (sparse only); bias ``[slices * lanes]`` int32 or float32;
-    multiplier float32 likewise (int8 only); residual like the output (if any); output ``[rows/4, 1, 4]`` uint8 or
-    ``[rows, 1, 1]`` float32.
+    Arguments in order: x ``[source_rows, 1, depth]``; weight ``[count, lanes, depth]``; the arrays of ``Lists``
+    (sparse only); bias ``[slices * lanes]`` int32 or float32; multiplier float32 likewise (int8 only); residual like
+    the output (if any); output ``[rows/4, 1, 4]`` uint8 or ``[rows, 1, 1]`` float32.
     """
 
     dtype: str
@@ -109,21 +58,14 @@ class _Emitter:
         self.work, self.isa, self.lanes = work, isa, isa.lanes
         self.slices = -(-work.rows // isa.lanes)
         self.acc_dtype = "int32" if work.dtype == "int8" else "float32"
+        self.parallel = work.threads > 1 and work.count > _PARALLEL_WORK
 
     def emit(self) -> None:
         self._declare()
-        work, lanes = self.work, self.lanes
-        parallel = work.threads > 1 and work.count > _PARALLEL_WORK
-        with emit.loop(self.slices, parallel) as which:
-            acc = T.alloc_buffer((UNROLL * lanes,), self.acc_dtype, scope="local")
-            for u in range(UNROLL):
-                zero = emit.splat(0 if work.dtype == "int8" else 0.0, lanes, self.acc_dtype)
-                emit.store(acc, u * lanes, emit.load(self.bias, which * lanes, lanes) if u == 0 else zero, lanes)
-            self._accumulate(acc, which)
-            total = emit.load(acc, 0, lanes)
-            for u in range(1, UNROLL):
-                total = total + emit.load(acc, u * lanes, lanes)
-            self._write(total, which)
+        if self.work.is_dense:
+            self._dense()
+        else:
+            self._sparse()
 
     def _declare(self) -> None:
         work, lanes = self.work, self.lanes
@@ -131,8 +73,10 @@ class _Emitter:
         x = emit.argument("x", (work.source_rows, 1, work.depth), "uint8" if is_int8 else "float32")
         weight = emit.argument("weight", (work.count, lanes, work.depth), work.dtype)
         if not work.is_dense:
-            columns = emit.argument("columns", (work.count, lanes), "int32")
+            columns = emit.argument("columns", (work.count, lanes), "uint8")
+            self.windows = emit.argument("windows", (work.count // sharing(self.isa),), "int32")
             self.starts = emit.argument("starts", (self.slices + 1,), "int32")
+            self.order = emit.argument("order", (self.slices * lanes,), "int32")
         self.bias = emit.argument("bias", (self.slices * lanes,), self.acc_dtype)
         if is_int8:
             self.multiplier = emit.argument("multiplier", (self.slices * lanes,), "float32")
@@ -141,39 +85,115 @@ class _Emitter:
         residual = emit.argument("residual", shape, work.epilogue.output) if work.epilogue.residual else None
         y = emit.argument("y", shape, work.epilogue.output)
         self.x, self.weight = emit.words_of(x, self.acc_dtype), emit.words_of(weight, self.acc_dtype)
-        if not work.is_dense:
-            self.columns = emit.words_of(columns)
         self.y = T.decl_buffer((work.rows,), work.epilogue.output, data=y.data)
+        if not work.is_dense:
+            self.columns = T.decl_buffer((work.count * lanes,), "uint8", data=columns.data)
         if residual is not None:
             self.residual = T.decl_buffer((work.rows,), work.epilogue.output, data=residual.data)
 
-    def _accumulate(self, acc: Buffer, which: Expr) -> None:
-        work = self.work
-        if not work.is_dense:
-            begin = self.starts[which]
-            with T.serial(0, (self.starts[which + 1] - begin) // UNROLL) as i:
-                for u in range(UNROLL):
-                    self._product(acc, u, begin + i * UNROLL + u, None)
-            return
-        whole = work.words // UNROLL
-        if whole:
-            with emit.loop(whole) as i:
-                for u in range(UNROLL):
-                    self._product(acc, u, which * work.words + i * UNROLL + u, i * UNROLL + u)
-        for word in range(whole * UNROLL, work.words):
-            self._product(acc, word % UNROLL, which * work.words + word, tirx.const(word, "int32"))
+    def _dense(self) -> None:
+        """Panel after panel; there are two sizes at most, and the larger ones come first."""
+        sizes = [size for _, size in panels(self.slices)]
+        smaller, larger = sizes[-1], sizes.count(sizes[0])
+        with emit.loop(len(sizes), self.parallel) as panel:
+            if sizes[0] == smaller:
+                self._panel(panel * smaller, smaller)
+                return
+            with T.If(panel < larger):
+                with T.Then():
+                    self._panel(panel * (smaller + 1), smaller + 1)
+                with T.Else():
+                    self._panel(panel * smaller + larger, smaller)
 
-    def _product(self, acc: Buffer, unit: int, entry: Expr, word: Expr | None) -> None:
-        """One entry of a slice times its word of the input: the same word for all lanes, or each lane's own."""
+    def _panel(self, first: Expr, size: int) -> None:
+        """``size`` slices; where they are few, several words at once keep enough accumulators busy."""
+        words, lanes = self.work.words, self.lanes
+        unroll = max(1, PANEL // size)
+        acc = self._accumulators(size * unroll, lambda i: (first + i // unroll) * lanes if i % unroll == 0 else None)
+
+        def products(word: Expr, count: int) -> None:
+            for u in range(count):
+                x = emit.splat(self.x[word + u], lanes)
+                for s in range(size):
+                    entry = first * words + (word + u) * size + s
+                    self._product(acc, s * unroll + u, x, entry)
+
+        if words >= unroll:
+            with emit.loop(words // unroll) as i:
+                products(i * unroll, unroll)
+        if words % unroll:
+            products(tirx.const(words // unroll * unroll, "int32"), words % unroll)
+        totals = T.alloc_buffer((size * lanes,), self.acc_dtype, scope="local")
+        for s in range(size):
+            emit.store(totals, s * lanes, self._total(acc, s * unroll, unroll), lanes)
+        with emit.loop(size) as s:
+            self._write(emit.load(totals, s * lanes, lanes), first + s)
+
+    def _sparse(self) -> None:
+        """Slices are dealt to the threads in turn, for the longest come first."""
+        if self.isa.permute is not None and self.work.words < self.isa.window:
+            self.x = self._widened_input()
+        threads = self.work.threads if self.parallel else 1
+        with emit.loop(threads, self.parallel) as thread, emit.loop(-(-self.slices // threads)) as turn:
+            which = turn * threads + thread
+            if self.slices % threads:
+                with T.If(which < self.slices), T.Then():
+                    self._slice(which)
+            else:
+                self._slice(which)
+
+    def _widened_input(self) -> Buffer:
+        """A copy of an input that is narrower than a window: nothing is read past its end."""
+        words, window = self.work.words, self.isa.window
+        copy = T.alloc_buffer((window,), self.acc_dtype, scope="local")
+        emit.for_strips(words, self.lanes, lambda i, n: emit.store(copy, i, emit.load(self.x, i, n), n))
+        emit.fill(copy, words, window - words, 0 if self.work.dtype == "int8" else 0.0, self.acc_dtype, self.lanes)
+        return copy
+
+    def _slice(self, which: Expr) -> None:
         lanes = self.lanes
-        if word is not None:
-            x = emit.splat(self.x[word], lanes)
-        else:
-            x = self.x[emit.load(self.columns, entry * lanes, lanes)]
+        acc = self._accumulators(UNROLL, lambda i: which * lanes if i == 0 else None)
+        share = sharing(self.isa)
+        with T.serial(self.starts[which], self.starts[which + 1]) as step:
+            for u in range(UNROLL):
+                entry = step * UNROLL + u
+                window = self.windows[step * (UNROLL // share) + u // share]
+                self._product(acc, u, self._pick(window, entry * lanes), entry)
+        self._write(self._total(acc, 0, UNROLL), which)
+
+    def _pick(self, window: Expr, first: Expr) -> Expr:
+        """Each lane's word of the window; ``first`` is the place of the first lane's column."""
+        lanes, isa = self.lanes, self.isa
+        if isa.permute is None:
+            words = [self.x[window + tirx.Cast("int32", self.columns[first + i])] for i in range(lanes)]
+            return tirx.Shuffle(words, list(range(lanes)))
+        index = tirx.Cast(f"int32x{lanes}", emit.load(self.columns, first, lanes))
+        tables = [emit.load(self.x, window + at, lanes) for at in range(0, isa.window, lanes)]
+        words = isa.permute([tirx.reinterpret(f"int32x{lanes}", table) for table in tables], index)
+        return tirx.reinterpret(f"{self.acc_dtype}x{lanes}", words)
+
+    def _accumulators(self, count: int, bias_of: Callable[[int], Expr | None]) -> Buffer:
+        """``count`` accumulators: the bias, from the row that ``bias_of`` says, or zero."""
+        lanes = self.lanes
+        acc = T.alloc_buffer((count * lanes,), self.acc_dtype, scope="local")
+        zero = emit.splat(0 if self.work.dtype == "int8" else 0.0, lanes, self.acc_dtype)
+        for i in range(count):
+            row = bias_of(i)
+            emit.store(acc, i * lanes, zero if row is None else emit.load(self.bias, row, lanes), lanes)
+        return acc
+
+    def _product(self, acc: Buffer, unit: int, x: Expr, entry: Expr) -> None:
+        lanes = self.lanes
         w = emit.load(self.weight, entry * lanes, lanes)
         old = emit.load(acc, unit * lanes, lanes)
         new = self.isa.dot4(old, x, w) if self.work.dtype == "int8" else x * w + old
         emit.store(acc, unit * lanes, new, lanes)
+
+    def _total(self, acc: Buffer, first: int, count: int) -> Expr:
+        total = emit.load(acc, first * self.lanes, self.lanes)
+        for u in range(first + 1, first + count):
+            total = total + emit.load(acc, u * self.lanes, self.lanes)
+        return total
 
     def _write(self, total: Expr, which: Expr) -> None:
         """Epilogue and store; the last slice may be cut off in the middle."""
@@ -190,32 +210,38 @@ class _Emitter:
                     self._store(total, which, rest)
 
     def _store(self, total: Expr, which: Expr, count: int) -> None:
+        """``count`` lanes; in a row if all of a dense slice are there, else one by one."""
         lanes, dtype = self.lanes, self.work.epilogue.output
-        row = which * lanes
+        first = which * lanes
+        in_a_row = self.work.is_dense and count == lanes
         residual = None
         if self.work.epilogue.residual is not None:
             other = T.alloc_buffer((lanes,), dtype, scope="local")
-            if count == lanes:
-                emit.store(other, 0, emit.load(self.residual, row, lanes), lanes)
+            if in_a_row:
+                emit.store(other, 0, emit.load(self.residual, first, lanes), lanes)
             else:
                 emit.store(other, 0, emit.splat(tirx.const(0, dtype), lanes), lanes)
                 for i in range(count):
-                    T.buffer_store(other, self.residual[row + i], [i])
+                    T.buffer_store(other, self.residual[self._row(first + i)], [i])
             residual = emit.load(other, 0, lanes)
-        value = self._finish(total, row, residual)
-        if count == lanes:
-            emit.store(self.y, row, value, lanes)
+        value = self._finish(total, first, residual)
+        if in_a_row:
+            emit.store(self.y, first, value, lanes)
             return
         staged = T.alloc_buffer((lanes,), dtype, scope="local")
         emit.store(staged, 0, value, lanes)
         for i in range(count):
-            T.buffer_store(self.y, staged[i], [row + i])
+            T.buffer_store(self.y, staged[i], [self._row(first + i)])
 
-    def _finish(self, total: Expr, row: Expr, residual: Expr | None) -> Expr:
+    def _row(self, place: Expr) -> Expr:
+        """The output row of a lane."""
+        return place if self.work.is_dense else self.order[place]
+
+    def _finish(self, total: Expr, first: Expr, residual: Expr | None) -> Expr:
         work, lanes = self.work, self.lanes
         if residual is not None and work.epilogue.output == "uint8":
             residual = centred_residual(tirx.Cast(f"int32x{lanes}", residual), work.epilogue, lanes)
-        scale = emit.load(self.multiplier, row, lanes) if work.dtype == "int8" else None
+        scale = emit.load(self.multiplier, first, lanes) if work.dtype == "int8" else None
         value = finish(total, scale, residual, work.epilogue, lanes)
         return tirx.Cast(f"uint8x{lanes}", value) if work.epilogue.output == "uint8" else value
 

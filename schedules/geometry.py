@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 LANES = 16  # positions in the widest vector (512 bits of packed words); every plane is cut in multiples of it
+CONFLICT = 8 * LANES  # positions
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,14 @@ class Geometry:
 
     @property
     def positions(self) -> int:
-        """``P``: all that is allocated. A single position is not rounded up, so that a vector stays dense."""
+        """``P``: all that is allocated. A single position is not rounded up, so that a vector stays dense.
+
+        Rows a multiple of 512 bytes apart would share few sets of the L1 cache: these are one vector longer.
+        """
         if self.span == 1 and not self.is_padded:
             return 1
-        return _round_up(self.base + _round_up(self.span) + self.pad_h * self.pitch + self.pad_w)
+        end = _round_up(self.base + _round_up(self.span) + self.pad_h * self.pitch + self.pad_w)
+        return end if end % CONFLICT else end + LANES
 
     @property
     def pixels(self) -> int:

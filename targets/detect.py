@@ -80,6 +80,16 @@ def host_features() -> frozenset[str]:
     return parse_cpuinfo(_CPUINFO.read_text(errors="replace"))
 
 
+@cache
+def host_cpu() -> str:
+    """The model of this machine's CPU, as its maker calls it; LLVM's name where the system does not say."""
+    text = _CPUINFO.read_text(errors="replace") if _CPUINFO.exists() else ""
+    for key, _, value in (line.partition(":") for line in text.splitlines()):
+        if key.strip() == "model name":
+            return value.strip()
+    return str(llvm_get_system_cpu())
+
+
 def parse_cpuinfo(text: str) -> frozenset[str]:
     """The flags that all processors of a /proc/cpuinfo have in common (cores of one ARM chip may differ)."""
     cores = [

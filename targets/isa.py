@@ -19,12 +19,24 @@ Expr = Any  # tirx.PrimExpr; TVM carries no types
 
 @dataclass(frozen=True)
 class Isa:
-    """One instruction set: ``lanes`` 32-bit lanes a vector, ``registers`` vector registers."""
+    """One instruction set: ``lanes`` 32-bit lanes a vector, ``registers`` vector registers.
+
+    ``permute``: ``([t0, t1, ...], index)`` gives lane i word ``index[i]`` of the ``window`` words of the vectors t0,
+    t1, ... put end to end. None where words have to be loaded one by one, and a window may be as wide as a byte can
+    count.
+    """
 
     name: str
     lanes: int
     registers: int
     dot: Callable[[int, Expr, Expr, Expr], Expr]
+    window: int = 256
+    permute: Callable[[list[Expr], Expr], Expr] | None = None
+
+    @property
+    def has_dot(self) -> bool:
+        """Whether ``dot4`` is one instruction."""
+        return self.dot is _vpdpbusd
 
     def dot4(self, acc: Expr, x: Expr, w: Expr) -> Expr:
         """``acc + x . w``: int32 vectors, ``x`` four uint8 a lane and ``w`` four int8 a lane, as int32 words."""
@@ -82,13 +94,27 @@ def _widened(lanes: int, acc: Expr, x: Expr, w: Expr) -> Expr:
     return acc
 
 
+def _permute512(tables: list[Expr], index: Expr) -> Expr:
+    """Each pair of vectors by one ``vpermt2d``, which reads the five lowest bits of the index; the next bit chooses."""
+    name = "llvm.x86.avx512.vpermi2var.d.512"
+    low, high = [llvm(name, "int32x16", tables[i], index, tables[i + 1]) for i in (0, 2)]
+    is_low = tirx.bitwise_and(index, tirx.Broadcast(tirx.const(32, "int32"), 16)) == tirx.Broadcast(
+        tirx.const(0, "int32"), 16
+    )
+    return tirx.Select(is_low, low, high)
+
+
+def _permute256(tables: list[Expr], index: Expr) -> Expr:
+    return llvm("llvm.x86.avx2.permd", "int32x8", tables[0], index)
+
+
 _ISAS = {
     instruction_set.name: instruction_set
     for instruction_set in (
-        Isa("vnni512", lanes=16, registers=32, dot=_vpdpbusd),
-        Isa("avx512bw", lanes=16, registers=32, dot=_pmaddwd),
-        Isa("avxvnni", lanes=8, registers=16, dot=_vpdpbusd),
-        Isa("avx2", lanes=8, registers=16, dot=_pmaddwd),
+        Isa("vnni512", lanes=16, registers=32, dot=_vpdpbusd, window=64, permute=_permute512),
+        Isa("avx512bw", lanes=16, registers=32, dot=_pmaddwd, window=64, permute=_permute512),
+        Isa("avxvnni", lanes=8, registers=16, dot=_vpdpbusd, window=8, permute=_permute256),
+        Isa("avx2", lanes=8, registers=16, dot=_pmaddwd, window=8, permute=_permute256),
         Isa("portable", lanes=4, registers=16, dot=_widened),
     )
 }

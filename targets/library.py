@@ -1,4 +1,8 @@
-"""From a lowered module to one shared library with its manifest inside, written whole or not at all."""
+"""From a plan to one shared library with its weights and manifest inside, written whole or not at all.
+
+The weights are a section of their own, read-only and on pages of their own: the loader maps it, and nothing of it is
+copied or even read before a kernel does.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +15,54 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tvm.ir import IRModule
-
 from pumice.errors import MissingDependencyError, UsageError
 from pumice.targets.build import build
 from pumice.targets.detect import host_architecture
 from pumice.targets.manifest import SECTION, encode_manifest
+from pumice.targets.plan import Plan
 from pumice.targets.target import Target
 
+WEIGHTS_SYMBOL = "pumice_weights"
 
-def write_library(lowered: IRModule, target: Target, manifest: dict[str, Any], path: str | Path) -> None:
-    """Build ``lowered`` for ``target`` and link it, with ``manifest``, into the shared library ``path``.
+_DATA = f"""
+.section {SECTION},"a",%progbits
+.incbin "manifest.json"
 
-    ``lowered`` holds TIR functions and a ``main`` that calls them, its weights bound as constants. The library is
-    linked elsewhere and moved into place when it is complete: on any failure what was at ``path`` stays. The same
-    module and manifest give the same bytes. Raises UsageError where ``path`` cannot be written and
-    MissingDependencyError without a C compiler.
+.section .pumice.weights,"a",%progbits
+.balign 4096
+.globl {WEIGHTS_SYMBOL}
+.type {WEIGHTS_SYMBOL}, %object
+{WEIGHTS_SYMBOL}:
+.incbin "weights.bin"
+.byte 0
+.size {WEIGHTS_SYMBOL}, . - {WEIGHTS_SYMBOL}
+
+.section .note.GNU-stack,"",%progbits
+"""
+
+
+def write_library(plan: Plan, target: Target, manifest: dict[str, Any], path: str | Path) -> None:
+    """Build ``plan`` for ``target`` and link it, with ``manifest``, into the shared library ``path``.
+
+    The manifest gets the plan's ``steps`` and the bytes of ``workspace`` and ``weights``. The library is linked
+    elsewhere and moved into place when it is complete: on any failure what was at ``path`` stays. The same plan and
+    manifest give the same bytes. Raises UsageError where ``path`` cannot be written and MissingDependencyError
+    without a C compiler.
     """
     path = Path(path)
     compiler = find_compiler(target)
-    executable = build(lowered, target)
-    with tempfile.TemporaryDirectory(prefix="pumice-") as folder:
-        section = _manifest_source(manifest, Path(folder))
-        linked = Path(folder, "linked.so")
-
-        def link(output: str, objects: list[str], **_: Any) -> None:
-            _link(compiler, output, objects, Path(folder))
-
-        executable.export_library(str(linked), fcompile=link, addons=[section.name], workspace_dir=folder)
-        move_into_place(linked, path)
+    module = build(plan, target)
+    planned = {
+        "steps": [step.to_json() for step in plan.steps],
+        "workspace": plan.workspace,
+        "weights": plan.weights.nbytes,
+    }
+    with tempfile.TemporaryDirectory(prefix="pumice-") as temporary:
+        folder = Path(temporary)
+        module.write_to_file(str(folder / "code.o"))
+        _write_data(manifest | planned, plan, folder)
+        _link(compiler, "linked.so", ["code.o", "data.s"], folder)
+        move_into_place(folder / "linked.so", path)
 
 
 def find_compiler(target: Target) -> list[str]:
@@ -103,14 +126,11 @@ def _check_replaceable(path: Path) -> None:
         raise UsageError(f"{path}: is a device or a pipe, which a file would replace; give the name of a file")
 
 
-def _manifest_source(manifest: dict[str, Any], folder: Path) -> Path:
-    """An assembler file that is nothing but the section; allocated (``a``), so that ``strip`` leaves it alone."""
+def _write_data(manifest: dict[str, Any], plan: Plan, folder: Path) -> None:
+    """An assembler file that is nothing but the sections; allocated (``a``), so that ``strip`` leaves them alone."""
     Path(folder, "manifest.json").write_bytes(encode_manifest(manifest))
-    source = Path(folder, "manifest.s")
-    source.write_text(
-        f'.section {SECTION},"a",%progbits\n.incbin "manifest.json"\n.section .note.GNU-stack,"",%progbits\n'
-    )
-    return source
+    plan.weights.tofile(folder / "weights.bin")
+    Path(folder, "data.s").write_text(_DATA)
 
 
 def _link(compiler: list[str], output: str, objects: list[str], folder: Path) -> None:
@@ -118,7 +138,7 @@ def _link(compiler: list[str], output: str, objects: list[str], folder: Path) ->
     # The table of local symbols is a tenth of a small library, and nothing reads it.
     command = [*compiler, "-shared", "-fPIC", "-Wl,-s", "-o", output, *objects, "-lm"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0 or not Path(output).is_file():
+    if done.returncode != 0 or not (folder / output).is_file():
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         why = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
         raise MissingDependencyError(f"'{' '.join(compiler)}' could not link the library: {why.strip()}")

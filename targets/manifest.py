@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from pumice.errors import ModelError
 
 SECTION = ".pumice.manifest"
-FORMAT = 1  # of the JSON object; a reader refuses a newer one
+FORMAT = 2  # of the JSON object; a reader refuses a newer one
 
 _MAX_BYTES = 64 << 20  # no manifest comes near: a corrupt header must not make the reader allocate gigabytes
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")  # Elf64_Ehdr
@@ -42,7 +42,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(data)
         form = manifest["format"]
-        required = [manifest[key] for key in ("target", "inputs", "outputs", "layers", "versions")]
+        required = [
+            manifest[key]
+            for key in ("target", "inputs", "outputs", "layers", "steps", "workspace", "weights", "versions")
+        ]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: its section {SECTION} is damaged; compile the model again") from error
     if form != FORMAT or None in required:

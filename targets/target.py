@@ -20,6 +20,10 @@ _WIDE = "-prefer-256-bit"
 # a tile of a small tensor came out wrong on AVX-512. The kernels write their vectors out and do not need it.
 _NO_LOOP_VECTORIZER = "-vectorize-loops=false"
 
+# Lists of blocks are short and no two are alike: a loop unrolled for an unknown count ends in two branches that cannot
+# be predicted where the plain loop ends in one.
+_NO_REMAINDER_LOOPS = "-unroll-runtime=false"
+
 # Name -> architecture, LLVM's CPU, LLVM's attributes.
 _NAMED: dict[str, tuple[str, str, list[str]]] = {
     "x86-64": ("x86_64", "x86-64", []),
@@ -133,7 +137,7 @@ def _of_tvm(text: str) -> Target:
 
 def _wrap(name: str, target: tvm.target.Target, architecture: str) -> Target:
     config = {"kind": "llvm", **{str(key): value for key, value in target.attrs.items()}}
-    config["cl-opt"] = [*map(str, config.get("cl-opt", [])), _NO_LOOP_VECTORIZER]
+    config["cl-opt"] = [*map(str, config.get("cl-opt", [])), _NO_LOOP_VECTORIZER, _NO_REMAINDER_LOOPS]
     target = tvm.target.Target(config)
     features = cpuinfo_words(target, architecture)
     return Target(name, target, _choose_isa(features) if architecture == "x86_64" else "portable", features)

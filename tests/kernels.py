@@ -15,8 +15,11 @@ import tvm
 from pumice.schedules.blocks import Blocks, dense_blocks, expand_groups, sparse_blocks
 from pumice.schedules.convolution import Convolution, convolution, offsets
 from pumice.schedules.epilogue import Epilogue
-from pumice.schedules.gemv import Gemv, gemv, slice_rows
+from pumice.schedules.gemv import Gemv, gemv
 from pumice.schedules.geometry import Geometry, Window
+from pumice.schedules.places import Places
+from pumice.schedules.slices import slice_rows
+from pumice.schedules.tiling import DENSE, Extent, Form, Tiling, tilings
 from pumice.targets.detect import host_features
 from pumice.targets.isa import isa
 from pumice.targets.target import Target
@@ -54,11 +57,16 @@ def garbage(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 def run_kernel(function: tvm.tirx.PrimFunc, isa_name: str, *arrays: np.ndarray) -> np.ndarray:
     """Compile ``function`` and call it; the last array is the output, and is returned."""
+    return run_kernel_for(function, isa_name, *arrays, outputs=1)[0]
+
+
+def run_kernel_for(function: tvm.tirx.PrimFunc, isa_name: str, *arrays: np.ndarray, outputs: int) -> list[np.ndarray]:
+    """The same for a kernel whose last ``outputs`` arrays are outputs."""
     named = function.with_attr("global_symbol", "kernel")
     library = tvm.compile(tvm.IRModule({"kernel": named}), target=Target.parse(TARGETS[isa_name]).tvm)
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
     library["kernel"](*tensors)
-    return tensors[-1].numpy()
+    return [tensor.numpy() for tensor in tensors[-outputs:]]
 
 
 def positions_of(geometry: Geometry) -> np.ndarray:
@@ -134,7 +142,7 @@ def blocks_of(weight: np.ndarray, groups: int, form: str) -> Blocks:
     """OIHW weight -> blocks in the form ``dense``, ``1x4`` or ``4x4``."""
     n, c = weight.shape[:2]
     rows = expand_groups(weight.reshape(n, c, -1).transpose(0, 2, 1), groups)
-    return dense_blocks(rows) if form == "dense" else sparse_blocks(rows, 1 if form == "1x4" else 4)
+    return dense_blocks(rows) if form == "dense" else sparse_blocks(rows, int(form[0]))
 
 
 def padded(values: np.ndarray, length: int) -> np.ndarray:
@@ -157,6 +165,7 @@ def convolve(
     residual: np.ndarray | None = None,
     after: tuple[int, int] | None = None,
     threads: int = 1,
+    tiling: Tiling | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The convolution kernel on NCHW ``x``: the result as NCHW, and what lies in its padding."""
     epilogue = epilogue or Epilogue()
@@ -165,23 +174,15 @@ def convolve(
     target = geometry_for(x.shape, out_shape, window)
     source = phases_of(x, target, window, zx if x.dtype == np.uint8 else 0.0)
     blocks = blocks_of(weight, groups, form)
-    places = offsets(blocks, window, target, target)
+    places = Places(window, target, target)
+    if tiling is None:
+        extent = Extent.of(weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2), places, isa(isa_name))
+        tiling = tilings(extent, DENSE if form == "dense" else Form(int(form[0])), isa(isa_name), threads)[-1]
+    blocks = blocks.tiled(tiling.words)
+    work = Convolution.of(blocks, source.shape[0], places, tiling, epilogue, threads)
     is_int8 = x.dtype == np.uint8
-    work = Convolution(
-        "int8" if is_int8 else "float32",
-        source.shape[0],
-        blocks.rows,
-        target,
-        target,
-        blocks.data.shape[0],
-        len(places),
-        blocks.shared,
-        blocks.is_dense,
-        epilogue,
-        threads,
-    )
     zero = np.zeros(n, np.int32 if is_int8 else np.float32)
-    arguments = [source, blocks.data, places, *([] if blocks.starts is None else [blocks.starts])]
+    arguments = [source, blocks.data, offsets(blocks, places), *([] if blocks.starts is None else [blocks.starts])]
     arguments.append(padded(zero if bias is None else bias, blocks.rows))
     arguments += [padded(m, blocks.rows)] if is_int8 and m is not None else []
     if residual is not None:
@@ -210,21 +211,21 @@ def multiply_by(
     m: np.ndarray | None = None,
     epilogue: Epilogue | None = None,
     residual: np.ndarray | None = None,
+    threads: int = 1,
 ) -> np.ndarray:
     """The gemv kernel: ``weight`` ``[N, K]`` times ``x`` ``[K]``, all N outputs."""
     epilogue = epilogue or Epilogue()
-    lanes, count = isa(isa_name).lanes, len(weight)
+    count = len(weight)
     is_int8 = weight.dtype == np.int8
-    slices = slice_rows(weight[:, None, :], lanes, sparse)
+    slices = slice_rows(weight[:, None, :], isa(isa_name), sparse)
     rows = -(-count // 4) * 4
-    stored = -(-rows // lanes) * lanes
-    work = Gemv("int8" if is_int8 else "float32", slices.words, rows, slices.work, not sparse, epilogue)
+    work = Gemv("int8" if is_int8 else "float32", slices.words, rows, slices.work, not sparse, epilogue, threads)
     depth = 4 if is_int8 else 1
     x_stored = np.full(-(-len(x) // 4) * 4, 99 if is_int8 else np.nan, x.dtype)  # whole words or quads of rows
     x_stored[: len(x)] = x
     arguments = [x_stored.reshape(-1, 1, depth), slices.data]
-    arguments += [] if slices.columns is None or slices.starts is None else [slices.columns, slices.starts]
-    arguments += [padded(bias, stored), *([] if m is None else [padded(m, stored)])]
+    arguments += [] if slices.lists is None else slices.lists.arrays.values()
+    arguments += [slices.per_row(bias), *([] if m is None else [slices.per_row(m)])]
     shape = (rows // 4, 1, 4) if epilogue.output == "uint8" else (rows, 1, 1)
     arguments += [] if residual is None else [padded(residual, rows).reshape(shape)]
     y = run_kernel(gemv(work, isa(isa_name)), isa_name, *arguments, garbage(shape, epilogue.output))

@@ -17,8 +17,9 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import inputs_of, weight_vars_of, weights_of, with_output_names, with_source, with_weights
+from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
-from pumice.targets.build import build
+from pumice.targets.executor import build_executor
 from pumice.targets.target import Target
 
 
@@ -253,18 +254,18 @@ def parameters_for(real: np.ndarray) -> tuple[float, int]:
 
 
 def run_lowered(
-    mod: IRModule, feeds: Mapping[str, np.ndarray], target: Target = NATIVE, threads: int = 1
+    mod: IRModule, feeds: Mapping[str, np.ndarray], target: Target = NATIVE, **options: Any
 ) -> tuple[list[np.ndarray], IRModule]:
     """The outputs of ``mod``, lowered and built for this machine, and the lowered module."""
-    lowered = lower(mod, target, LowerOptions(threads))
+    lowered = lower(mod, target, LowerOptions(**options))
     relax.analysis.well_formed(lowered)
     weights = weights_of(lowered)
     assert [var.name for var in weight_vars_of(lowered)] == list(weights)
-    machine = relax.VirtualMachine(build(lowered, target), tvm.cpu())
-    arrays = [feeds[var.name] for var in inputs_of(lowered)] + list(weights.values())
-    results = machine["main"](*(tvm.runtime.tensor(np.array(array)) for array in arrays))
-    results = [results] if isinstance(results, tvm.runtime.Tensor) else results
-    return [result.numpy() for result in results], lowered
+    executor = build_executor(link_steps(lowered), target)
+    for var, buffer in zip(inputs_of(lowered), executor.inputs, strict=True):
+        buffer[...] = feeds[var.name]
+    executor.run()
+    return executor.outputs, lowered
 
 
 def run_net(net: Net, *outputs: relax.Var, **options: Any) -> tuple[list[np.ndarray], IRModule]:

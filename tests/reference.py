@@ -11,6 +11,9 @@ A layer does three things:
     multiply-add: ``y = fma(float32(acc), m[n], float32(r_q - zr) * mr)``;
 3.  ``y_q = clamp(round_half_to_even(y) + zy, lo, hi)``; a ReLU is ``lo = zy``, a ReLU6 also has
     ``hi = quantize(6)``.
+
+With an activation function between 2 and 3, ``m[n] = sx * sw[n]`` and ``mr = sr`` give ``y`` in its own units, and
+what is rounded is ``activation(y) * float32(1 / sy)``.
 """
 
 from __future__ import annotations
@@ -141,19 +144,126 @@ def linear_accumulate(x_q: np.ndarray, zx: int, w_q: np.ndarray, bias_q: np.ndar
 
 
 def requantize(
-    acc: np.ndarray, m: np.ndarray, zy: int, residual: Residual | None = None, lo: int = 0, hi: int = 255
+    acc: np.ndarray,
+    m: np.ndarray,
+    zy: int,
+    residual: Residual | None = None,
+    lo: int = 0,
+    hi: int = 255,
+    activation: str | None = None,
+    sy: float = 1.0,
 ) -> np.ndarray:
-    """Accumulators to bytes: steps 2 and 3 of a layer; ``m`` broadcasts against ``acc``."""
+    """Accumulators to bytes: steps 2 and 3 of a layer; ``m`` broadcasts against ``acc``, ``sy`` is for activations."""
     value = acc.astype(np.float32)
     if residual is None:
-        return round_to_byte(value * m.astype(np.float32), zy, lo, hi)
-    other = (residual.q.astype(np.int32) - residual.zero_point).astype(np.float32) * np.float32(residual.multiplier)
-    return round_to_byte(fma32(value, m, other), zy, lo, hi)
+        value = value * m.astype(np.float32)
+    else:
+        other = (residual.q.astype(np.int32) - residual.zero_point).astype(np.float32)
+        value = fma32(value, m, other * np.float32(residual.multiplier))
+    if activation is not None:
+        value = FUNCTIONS[activation](value) * np.float32(1.0 / sy)
+    return round_to_byte(value, zy, lo, hi)
 
 
-def layer_float32(acc: np.ndarray, m: np.ndarray) -> np.ndarray:
+def layer_float32(acc: np.ndarray, m: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
     """Accumulators to float32, for a layer whose output is not quantized; ``m`` is ``sx * sw[n]``."""
-    return acc.astype(np.float32) * m.astype(np.float32)
+    value = acc.astype(np.float32)
+    return value * m.astype(np.float32) if residual is None else fma32(value, m, residual)
+
+
+# Functions of float32, each operation rounded once.
+
+
+def exp32(x: np.ndarray) -> np.ndarray:
+    """e to the x: the power of two by the rounding of a sum, a polynomial for the rest."""
+    f = np.float32
+    x = np.clip(np.asarray(x, f), f(-87.33654), f(88.37626))
+    shift = f(1.5 * 2**23 + 127)  # the last bits of a sum with it are a biased exponent
+    shifted = fma32(x, f(1.44269504088896341), shift)
+    rest = fma32(shifted - shift, f(2.12194440e-4), fma32(shifted - shift, f(-0.693359375), x))
+    series = f(1.38367921e-3)
+    for coefficient in (8.374858602e-3, 4.16682288e-2, 1.666641966e-1, 4.999999206e-1, 1.000000036, 1.0):
+        series = fma32(series, rest, f(coefficient))
+    return series * (np.ascontiguousarray(shifted).view(np.int32) << 23).view(f)
+
+
+def sigmoid32(x: np.ndarray) -> np.ndarray:
+    """``1 / (1 + exp(-x))``; 0 below -88, where exp ends."""
+    x = np.asarray(x, np.float32)
+    return np.where(x < -88, np.float32(0), np.float32(1) / (np.float32(1) + exp32(-x)))
+
+
+def tanh32(x: np.ndarray) -> np.ndarray:
+    """``1 - 2 / (exp(2x) + 1)``; within 0.05 of zero ``x - x^3 / 3 + 2 x^5 / 15``."""
+    f, x = np.float32, np.asarray(x, np.float32)
+    far = f(1) - f(2) / (exp32(x + x) + f(1))
+    square = x * x
+    near = fma32(fma32(square, f(2 / 15), f(-1 / 3)) * square, x, x)
+    return np.where(np.abs(x) < f(0.05), near, far)
+
+
+def gelu32(x: np.ndarray, tanh: bool = False) -> np.ndarray:
+    """``max(x, -4.75) * (1/2 + c * P(c^2 - 11.25))`` with ``c = clip(x, -4.75, 4.75)``."""
+    series = _GELU_TANH if tanh else _GELU
+    f, x = np.float32, np.asarray(x, np.float32)
+    inside = np.clip(x, f(-4.75), f(4.75))
+    square, total = fma32(inside, inside, f(-11.25)), f(series[-1])
+    for coefficient in reversed(series[:-1]):
+        total = fma32(total, square, f(coefficient))
+    return np.maximum(x, f(-4.75)) * fma32(inside, total, f(0.5))
+
+
+_GELU = (
+    0.148952842, -0.00655647181, 0.000420940894, -2.84650796e-05, 1.89539105e-06, -1.20865437e-07, 6.62506405e-09,
+    -2.95750285e-10, 1.83988397e-11, -1.36958977e-12, 4.42617981e-14,
+)  # fmt: skip
+_GELU_TANH = (
+    0.148975983, -0.00656426698, 0.000421922625, -2.85011884e-05, 1.88682566e-06, -1.1793589e-07, 6.2160459e-09,
+    -2.83697038e-10, 2.08379321e-11, -1.59259205e-12, 4.9596371e-14,
+)  # fmt: skip
+
+
+def hard_sigmoid32(x: np.ndarray) -> np.ndarray:
+    """``clip(x / 6 + 1/2, 0, 1)``."""
+    return np.clip(fma32(x, np.float32(1 / 6), np.float32(0.5)), np.float32(0), np.float32(1))
+
+
+def hard_swish32(x: np.ndarray) -> np.ndarray:
+    """``x * (clip(x + 3, 0, 6) / 6)``, the sixth a product."""
+    f, x = np.float32, np.asarray(x, np.float32)
+    return x * (np.clip(x + f(3), f(0), f(6)) * f(1 / 6))
+
+
+FUNCTIONS = {
+    "tanh": tanh32,
+    "sigmoid": sigmoid32,
+    "hard_sigmoid": hard_sigmoid32,
+    "hard_swish": hard_swish32,
+    "nn.silu": lambda x: x * sigmoid32(x),
+    "nn.gelu": gelu32,
+    "nn.gelu_tanh": lambda x: gelu32(x, tanh=True),
+}
+
+
+def norm32(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray | None, epsilon: float) -> np.ndarray:
+    """Layer norm of ``x`` [T, C] over channels, RMS norm if ``beta`` is None: sums in four parts, by channel mod 4."""
+    f, x = np.float32, np.asarray(x, np.float32)
+    share, channels = f(1.0 / x.shape[1]), x.shape[1]
+
+    def total(terms: np.ndarray, square: bool) -> np.ndarray:
+        parts = [np.zeros(len(x), f) for _ in range(4)]
+        for c in range(channels):
+            parts[c % 4] = fma32(terms[:, c], terms[:, c], parts[c % 4]) if square else parts[c % 4] + terms[:, c]
+        return ((parts[0] + parts[1]) + (parts[2] + parts[3]))[:, None]
+
+    centred = x if beta is None else fma32(total(x, False), -share, x)
+    scaled = centred * (f(1) / np.sqrt(fma32(total(centred, True), share, f(epsilon))))
+    return scaled * gamma if beta is None else fma32(scaled, gamma, beta)
+
+
+def norm_u8(y: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
+    """A norm's result to bytes: ``round_half_to_even(y * float32(1 / scale)) + zero_point``."""
+    return round_to_byte(y * np.float32(1.0 / scale), zero_point)
 
 
 # Operators without weights.

@@ -1,4 +1,4 @@
-"""``pumice bench``: how long one inference takes, alone or against ONNX Runtime."""
+"""``pumice bench``: how long one inference takes, alone or against other engines."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands,
         "bench",
-        "time a compiled library, alone or in turns with ONNX Runtime",
+        "time a compiled library, alone or in turns with ONNX Runtime and OpenVINO",
         "pumice bench model.so --vs onnxruntime --model model.onnx --calibration images.npz --threads 2",
     )
     parser.add_argument("library", metavar="OUT.so", help="a library that `pumice compile` wrote")
-    parser.add_argument("--vs", action="append", choices=["onnxruntime"], default=[], help="an engine to compare with")
+    parser.add_argument(
+        "--vs", action="append", choices=["onnxruntime", "openvino"], default=[], help="an engine to compare with"
+    )
     parser.add_argument("--model", metavar="MODEL.onnx", help="the model that the library was compiled from")
-    parser.add_argument("--calibration", metavar="FILE.npz", help="what ONNX Runtime int8 is calibrated with")
+    parser.add_argument("--calibration", metavar="FILE.npz", help="what the other engines' int8 is calibrated with")
     parser.add_argument("-i", "--inputs", metavar="IN.npz", help="what to run (default: random floats, integers of 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="for every engine (default: one for each core)")
     parser.add_argument("--seconds", type=positive, default=5.0, metavar="S", help="how long to measure (default: 5)")
+    parser.add_argument("--layers", action="store_true", help="also time each layer and what runs between them")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON")
 
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from pumice.bench import measure
 
     if args.vs and not args.model:
-        raise UsageError("--vs onnxruntime: give the model that the library was compiled from, as --model MODEL.onnx")
+        raise UsageError(f"--vs {args.vs[0]}: give the model that the library was compiled from, as --model MODEL.onnx")
     model = load(args.library, args.threads)
     feed = read_arrays(args.inputs) if args.inputs else random_inputs(model)
     model(feed)
@@ -47,12 +50,16 @@ def run(args: argparse.Namespace) -> None:
     if args.vs:
         engines |= _peers(args, model, feed, notes)
     timings = measure(engines, args.seconds)
+    profile = model.profile(feed, args.seconds) if args.layers else None
     if args.json:
         entries = [timing.to_json() for timing in timings]
-        print(json.dumps({"library": args.library, "threads": model.threads, "engines": entries, "notes": notes}))
+        numbers = {"library": args.library, "threads": model.threads, "engines": entries, "notes": notes}
+        print(json.dumps(numbers | ({"layers": profile.to_json()} if profile else {})))
         return
     print(format_timings(timings, model.threads))
     print("".join(f"note: {note}\n" for note in notes), end="")
+    if profile:
+        print(f"\n{profile}")
 
 
 def format_timings(timings: list[Any], threads: int) -> str:
@@ -81,13 +88,17 @@ def _peers(
     args: argparse.Namespace, model: Any, feed: dict[str, np.ndarray], notes: list[str]
 ) -> dict[str, Callable[[], Any]]:
     from pumice.arrays import read_arrays
-    from pumice.peers import OnnxRuntime, is_quantized, quantize_int8, read_pinned
+    from pumice.peers import PEERS, is_quantized, quantize_int8, read_pinned
 
     source = read_pinned(args.model, {spec.name: spec.shape for spec in model.inputs})
-    sessions = {"onnxruntime int8 (as given)" if is_quantized(source) else "onnxruntime f32": source}
+    contents = {"int8 (as given)" if is_quantized(source) else "f32": source}
     if not is_quantized(source) and args.calibration:
-        sessions["onnxruntime int8"] = quantize_int8(source, read_arrays(args.calibration))
+        contents["int8"] = quantize_int8(source, read_arrays(args.calibration))
     elif not is_quantized(source):
-        notes.append("ONNX Runtime int8 was left out; it needs --calibration FILE.npz")
-    peers = {name: OnnxRuntime(content, model.threads) for name, content in sessions.items()}
+        notes.append("int8 of the other engines was left out; it needs --calibration FILE.npz")
+    peers = {
+        f"{name} {kind}": PEERS[name](content, model.threads)
+        for name in dict.fromkeys(args.vs)
+        for kind, content in contents.items()
+    }
     return {name: lambda peer=peer: peer.run(feed) for name, peer in peers.items()}  # type: ignore[misc]

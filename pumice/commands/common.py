@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,33 @@ def add_command(commands: Commands, name: str, summary: str, example: str) -> ar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, calibration: str) -> None:
+    """The model, and what makes another network of it: shapes, zeros, int8; ``calibration`` is the help on its data."""
+    parser.add_argument("model", metavar="MODEL", help="an .onnx or .pt2 file")
+    add_input_shapes(parser)
+    parser.add_argument("--calibration", metavar="FILE.npz", help=calibration)
+    parser.add_argument("--prune", metavar="SPEC", help="prune first, as in magnitude:1x4:0.9")
+    parser.add_argument("--masks", metavar="FILE", help=".safetensors or .npz of 0/1 arrays by weight name")
+    parser.add_argument(
+        "--keep-float", action="append", default=[], metavar="GLOB", help="layers that stay float32 (repeatable)"
+    )
+    parser.add_argument("--no-quantize", action="store_true", help="compile in float32")
+    parser.add_argument("--threads", type=int, metavar="N", help="what the library runs on by default")
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """``add_model_options`` as keyword arguments."""
+    return {
+        "inputs": parse_shapes(args.input) or None,
+        "calibration": args.calibration,
+        "prune": args.prune,
+        "masks": args.masks,
+        "keep_float": args.keep_float,
+        "quantize": not args.no_quantize,
+        "threads": args.threads,
+    }
 
 
 def add_input_shapes(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +84,16 @@ def refuse_to_overwrite(output: str | Path, *sources: str | Path | None) -> None
     for source in sources:
         if source and Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
             raise UsageError(f"-o {output}: is {source} itself, which would be lost; give another name")
+
+
+def show_progress(stage: str, seconds: float | None) -> None:
+    """One line a stage on stderr, with its seconds when it has ended."""
+    from pumice.report_table import clean
+
+    if seconds is None:
+        print(f"  {clean(stage)} ...", end="", file=sys.stderr, flush=True)
+    else:
+        print(" failed" if math.isnan(seconds) else f" {seconds:.1f} s", file=sys.stderr)
 
 
 def positive(text: str) -> float:

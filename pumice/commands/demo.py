@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pumice.commands.common import Commands, add_command, positive
-from pumice.commands.compile import show_progress
+from pumice.commands.common import Commands, add_command, positive, show_progress
 from pumice.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ pytest.importorskip("onnxruntime")
 
 from bench.engines import Engine, samples_of, table
 from bench.mobilenet import agreement
+from pumice.bench import Timing
 
 
 def test_samples_of_cuts_every_array_along_its_first_axis():
@@ -20,10 +21,19 @@ def test_run_all_joins_the_outputs():
 
 
 def test_table_leaves_empty_what_was_not_measured():
-    first = Engine("first", lambda feed: feed["a"], metrics={"accuracy": 0.5}, milliseconds=1.234)
+    timing = Timing("first", 1.234, 1.1, 1.5, calls=10, ratio=1.0)
+    first = Engine("first", lambda feed: feed["a"], metrics={"accuracy": 0.5}, timing=timing)
     lines = table([first, Engine("second", lambda feed: feed["a"])]).splitlines()
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["first", "0.5000", "1.23", "", ""]
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["second", "", "", "", ""]
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        "first",
+        "0.5000",
+        "1.234",
+        "1.100",
+        "1.500",
+        "",
+        "",
+    ]
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["second", "", "", "", "", "", ""]
     assert len({len(line) for line in lines}) == 1
 
 

@@ -146,3 +146,19 @@ def test_lowering_and_building_go_through_it():
     mod = SimplifyModel()(network())
     with tvm.transform.PassContext(instruments=[NoPrunedWeightCameBack()]):
         relax.build(mod, tvm.target.Target("llvm"))
+
+
+def test_a_product_of_activations_deep_in_a_network_is_no_weight():
+    x = relax.Var("x", relax.TensorType((4, 4), "float32"))
+    weight = relax.Var("w", relax.TensorType((4, 4), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x, weight], {"num_input": 1}):
+        with builder.dataflow():
+            y = builder.emit(relax.op.matmul(x, weight))
+            for _ in range(1500):  # deeper than Python recurses
+                y = builder.emit(relax.op.nn.relu(y))
+            out = builder.emit_output(relax.op.matmul(y, y))
+        builder.emit_func_output(out)
+    mod = with_weights(builder.get(), {"w": np.zeros((4, 4), np.float32)})
+    with pytest.raises(ModelError, match="16 zero weights of w nonzero"):
+        checked(mod, changes("w", np.ones_like))

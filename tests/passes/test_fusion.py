@@ -60,6 +60,16 @@ def test_two_layers_into_one_add():
     ] == [1, 2]
 
 
+def test_rounded_bytes_are_added_by_the_other_layer():
+    """The sum of a rounded and an unrounded result belongs to the layer that was not rounded."""
+    net = QuantizedNet(1, 8, 5, 6)
+    x = net.start()
+    short = net.conv_layer(x, "short", 8, 1)
+    found = chains_of(net, net.conv_layer(x, "down", 8, residual=short, relu=True, padding=SAME).var)
+    assert found["short"][1] == ["nn.conv2d", "add", "quantize"]
+    assert found["down"][1] == ["nn.conv2d", "add", "add", "nn.relu", "quantize"]
+
+
 def test_an_add_of_a_value_to_itself_is_no_residual():
     net = QuantizedNet(1, 8, 5, 6)
     y = net.conv_layer(net.start(), "a", 8, padding=SAME)
@@ -71,8 +81,8 @@ def test_an_add_of_a_value_to_itself_is_no_residual():
 def test_a_value_with_two_readers_ends_the_chain():
     net = Net(x=(1, 4, 5, 5))
     y = net.conv(net.inputs["x"], "a", 6)
-    net.emit(relax.op.nn.relu(y))
-    _, operators = chains_of(net, net.emit(relax.op.tanh(y)))["a"]
+    z = net.emit(relax.op.nn.relu(y))
+    _, operators = chains_of(net, net.emit(relax.op.tanh(y)), z)["a"]
     assert operators == ["nn.conv2d", "add"]
 
 
@@ -101,8 +111,8 @@ def test_nothing_is_added_after_an_activation():
     assert operators == ["nn.conv2d", "add", "nn.relu"]
 
 
-def test_an_int8_add_without_a_quantize_is_left_out():
-    """The kernel adds bytes into bytes; a sum that stays float is not one of its outputs."""
+def test_an_int8_add_of_bytes_without_a_quantize_is_left_out():
+    """The kernel adds bytes into bytes; a sum of them that stays float is not one of its outputs."""
     net = QuantizedNet(1, 8, 5, 6)
     x = net.start()
     weight, _, _ = net.weight("a", (8, 8, 1, 1), 0, 1.0)
@@ -111,11 +121,44 @@ def test_an_int8_add_without_a_quantize_is_left_out():
     assert operators == ["nn.conv2d"]
 
 
-def test_float_tokens_keep_their_residual_outside():
+def test_an_int8_layer_adds_floats_into_floats():
+    """The residual stream of a transformer; what is quantized after it is quantized by somebody else."""
+    net = QuantizedNet(4, 8)
+    x = net.start()
+    weight, _, _ = net.weight("a", (8, 8), 1, 1.0)
+    y = net.emit(relax.op.matmul(x.var, weight))
+    total = net.emit(relax.op.add(y, net.inputs["x"]))
+    chain, operators = chains_of(net, net.rounded(total, x.q, 0.1, 3).var)["a"]
+    assert operators == ["matmul", "add"]
+    assert chain.residual.same_as(net.inputs["x"]) and chain.residual_quant is None and chain.quant is None
+
+
+def test_float_tokens_take_their_residual_along():
     net = Net(x=(4, 8))
     x = net.inputs["x"]
     _, operators = chains_of(net, net.emit(relax.op.add(net.linear(x, "a", 8), x)))["a"]
-    assert operators == ["matmul", "add"]
+    assert operators == ["matmul", "add", "add"]
+
+
+@pytest.mark.parametrize("operator", ["nn.gelu", "nn.gelu_tanh", "nn.silu", "sigmoid", "tanh"])
+def test_activations_run_before_the_rounding(operator):
+    net = QuantizedNet(4, 8)
+    x = net.start()
+    weight, _, _ = net.weight("a", (8, 8), 1, 1.0)
+    y = net.emit(relax.op.matmul(x.var, weight))
+    function = relax.op.nn if operator.startswith("nn.") else relax.op
+    y = net.emit(getattr(function, operator.removeprefix("nn."))(y))
+    chain, operators = chains_of(net, net.rounded(y, x.q, 0.1, 3).var)["a"]
+    assert operators == ["matmul", operator, "quantize"] and chain.activation == operator
+
+
+def test_nothing_is_added_after_a_function():
+    net = Net(x=(1, 4, 5, 5))
+    x = net.conv(net.inputs["x"], "a", 6)
+    y = net.emit(relax.op.nn.gelu(net.conv(x, "b", 6, padding=1)))
+    y = net.emit(relax.op.nn.relu(net.emit(relax.op.add(y, x))))
+    chain, operators = chains_of(net, y)["b"]
+    assert operators == ["nn.conv2d", "add", "nn.gelu"] and chain.activation == "nn.gelu"
 
 
 def test_what_is_added_must_be_one_number_a_channel():

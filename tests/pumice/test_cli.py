@@ -1,5 +1,6 @@
 """The command from the outside: what it prints, what it leaves behind, and every exit code."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -81,15 +82,14 @@ def test_json_parses_and_says_the_same(run, tmp_path, model_path, calibration_pa
     assert timed["engines"][0]["median_ms"] > 0
 
 
-def test_bench_beside_onnx_runtime(run, library, model_path, calibration_path):
-    arguments = ("--vs", "onnxruntime", "--model", model_path, "--seconds", "0.2", "--threads", "1", "--json")
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_bench_beside_another_engine(run, library, model_path, calibration_path, engine):
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed")
+    arguments = ("--vs", engine, "--model", model_path, "--seconds", "0.2", "--threads", "1", "--json")
     code, out, _ = run("bench", library, *arguments, "--calibration", calibration_path)
     assert code == 0
-    assert [engine["name"] for engine in json.loads(out)["engines"]] == [
-        "pumice",
-        "onnxruntime f32",
-        "onnxruntime int8",
-    ]
+    assert [timed["name"] for timed in json.loads(out)["engines"]] == ["pumice", f"{engine} f32", f"{engine} int8"]
     code, out, _ = run("bench", library, *arguments)
     assert "needs --calibration" in json.loads(out)["notes"][0]
 
@@ -219,10 +219,11 @@ def test_5_is_a_missing_tool(run, monkeypatch, tmp_path, model_path, library):
     code, _, err = run("compile", model_path, "-o", tmp_path / "model.so", *PINNED, "--no-quantize")
     assert code == 5
     assert "apt-get install gcc" in err
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    code, _, err = run("bench", library, "--vs", "onnxruntime", "--model", model_path)
-    assert code == 5
-    assert "pip install onnxruntime" in err
+    for engine in ("onnxruntime", "openvino"):
+        monkeypatch.setitem(sys.modules, engine, None)
+        code, _, err = run("bench", library, "--vs", engine, "--model", model_path)
+        assert code == 5
+        assert f"pip install {engine}" in err
 
 
 def test_a_failure_leaves_the_old_library(run, monkeypatch, tmp_path, model_path):

@@ -9,7 +9,7 @@ from reference import Residual as ReferenceResidual
 from reference import layer_float32, linear_accumulate, linear_int8
 
 from pumice.schedules.epilogue import Epilogue, Residual
-from pumice.schedules.gemv import slice_rows
+from pumice.targets.isa import isa
 
 
 def matrix(rng, n, k, density):
@@ -43,7 +43,7 @@ def check_int8(isa_name, seed, n, k, sparse, *, zx=3, zy=5, residual=False, clam
     isa_name=st.sampled_from(RUNNABLE),
     seed=st.integers(0, 10**6),
     n=st.integers(1, 70),
-    k=st.integers(1, 60),
+    k=st.integers(1, 600),
     sparse=st.booleans(),
     zx=st.sampled_from([0, 128, 255]),
     zy=st.sampled_from([0, 7, 255]),
@@ -91,7 +91,7 @@ def test_a_weight_of_zeros_leaves_the_bias(isa_name, sparse):
     isa_name=st.sampled_from(RUNNABLE),
     seed=st.integers(0, 10**6),
     n=st.integers(1, 40),
-    k=st.integers(1, 30),
+    k=st.integers(1, 200),
     sparse=st.booleans(),
     residual=st.booleans(),
 )
@@ -106,14 +106,33 @@ def test_float_is_close_to_the_definition(isa_name, seed, n, k, sparse, residual
     np.testing.assert_allclose(got, np.maximum(want, 0), rtol=1e-5, atol=1e-5 * np.sqrt(k) * 3)
 
 
-def test_sparse_slices_hold_only_what_is_there():
-    weight = matrix(np.random.default_rng(4), 37, 64, 0.2)
-    slices = slice_rows(weight[:, None, :], 16, sparse=True)
-    kept = np.zeros((48, slices.words, 4), np.int8)
-    for which in range(3):
-        for entry in range(slices.starts[which], slices.starts[which + 1]):
-            for lane in range(16):
-                kept[which * 16 + lane, slices.columns[entry, lane]] += slices.data[entry, lane]
-    np.testing.assert_array_equal(kept.reshape(48, -1)[:37], weight)
-    assert slices.nbytes == slices.data.nbytes + slices.columns.nbytes + slices.starts.nbytes
-    assert slices.work == len(slices.data)
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+@pytest.mark.parametrize("slices", [3, 8, 9, 17])
+def test_dense_panels_of_every_size(isa_name, slices):
+    check_int8(isa_name, 3, slices * isa(isa_name).lanes - 3, 37, False, residual=True)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1300, 1200), (5300, 250)])  # the second is narrower than a window
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(n, k, sparse, threads):
+    rng = np.random.default_rng(5)
+    weight, x = matrix(rng, n, k, 0.97), rng.integers(0, 256, k).astype(np.uint8)
+    got = multiply_by(RUNNABLE[0], x, weight, sparse=sparse, bias=np.arange(n, dtype=np.int32), threads=threads,
+                      m=np.ones(n, np.float32), epilogue=Epilogue("float32", None, 0, -np.inf, np.inf))  # fmt: skip
+    np.testing.assert_array_equal(got, weight.astype(np.int32) @ x + np.arange(n))
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("isa_name", ALL_ISAS)
+def test_rows_of_very_different_lengths(isa_name, density):
+    """Whole rows, empty rows and words that crowd at one end: windows that hardly move and windows that leap."""
+    rng = np.random.default_rng(6)
+    n, k = 150, 1500
+    keep = rng.random((n, k // 4)) < density
+    keep[::7], keep[1::7], keep[2::7, : k // 8], keep[3::7, k // 8 :] = True, False, True, False
+    weight = (rng.integers(-128, 128, (n, k)) * np.repeat(keep, 4, axis=1)).astype(np.int8)
+    x, bias = rng.integers(0, 256, k).astype(np.uint8), rng.integers(-99, 99, n).astype(np.int32)
+    got = multiply_by(isa_name, x, weight, sparse=True, bias=bias, m=np.ones(n, np.float32),
+                      epilogue=Epilogue("float32", None, 0, -np.inf, np.inf))  # fmt: skip
+    np.testing.assert_array_equal(got, weight.astype(np.int32) @ x + bias)

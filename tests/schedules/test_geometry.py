@@ -6,8 +6,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernels import geometry_for, is_padding, output_size, packed_of, phases_of, positions_of
 
-from pumice.schedules.convolution import tap_offsets
 from pumice.schedules.geometry import LANES, Geometry, Window
+from pumice.schedules.places import tap_offsets
 
 small = st.integers(1, 3)
 geometries = st.builds(

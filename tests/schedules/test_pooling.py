@@ -18,8 +18,8 @@ from kernels import (
 )
 from reference import avgpool_u8, maxpool_u8
 
-from pumice.schedules.convolution import tap_offsets
 from pumice.schedules.geometry import Geometry, Window
+from pumice.schedules.places import tap_offsets
 from pumice.schedules.pooling import GlobalAverage, Pooling, global_average, pooling
 from pumice.targets.isa import isa
 

@@ -12,7 +12,9 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 from pumice.errors import MissingDependencyError, ModelError, UsageError
+from pumice.passes.link_steps import link_steps
 from pumice.targets import library
+from pumice.targets.executor import load_library
 from pumice.targets.library import check_destination, find_compiler, move_into_place, write_library
 from pumice.targets.manifest import SECTION, read_manifest
 from pumice.targets.target import Target
@@ -28,25 +30,27 @@ class Doubling:
         return y
 
 
-DOUBLING = tvm.relax.transform.LegalizeOps()(Doubling)
+PLAN = link_steps(tvm.relax.transform.LegalizeOps()(Doubling))
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("library") / "double.so"
-    write_library(DOUBLING, Target.parse("x86-64"), MANIFEST, path)
+    write_library(PLAN, Target.parse("x86-64"), MANIFEST, path)
     return path
 
 
 def test_the_library_runs_and_its_manifest_comes_back(built):
-    machine = tvm.relax.VirtualMachine(tvm.runtime.load_module(str(built)), tvm.cpu())
-    result = machine["main"](tvm.runtime.tensor(np.arange(4, dtype="float32")))
-    np.testing.assert_array_equal(result.numpy(), [0, 2, 4, 6])
-    assert read_manifest(built) == {"format": 1, **MANIFEST}
+    executor = load_library(built, PLAN.workspace, PLAN.inputs, PLAN.outputs)
+    executor.inputs[0][:] = np.arange(4)
+    executor.run()
+    np.testing.assert_array_equal(executor.outputs[0], [0, 2, 4, 6])
+    steps = [{"kernel": "add", "layer": ""}]
+    assert read_manifest(built) == {"format": 2, "steps": steps, "weights": 0, "workspace": 0, **MANIFEST}
 
 
 def test_the_same_module_gives_the_same_bytes(built, tmp_path):
-    write_library(DOUBLING, Target.parse("x86-64"), MANIFEST, tmp_path / "again.so")
+    write_library(PLAN, Target.parse("x86-64"), MANIFEST, tmp_path / "again.so")
     assert (tmp_path / "again.so").read_bytes() == built.read_bytes()
 
 
@@ -107,7 +111,7 @@ def test_a_library_of_somebody_else_is_refused():
 
 
 def test_a_manifest_of_a_newer_format_or_without_its_parts_is_refused(built, tmp_path):
-    for old, new, says in ((b'"format":1', b'"format":2', "format 2"), (b'"layers"', b'"lawyer"', "damaged")):
+    for old, new, says in ((b'"format":2', b'"format":3', "format 3"), (b'"layers"', b'"lawyer"', "damaged")):
         path = tmp_path / "other.so"
         path.write_bytes(built.read_bytes().replace(old, new))
         with pytest.raises(ModelError, match=says):
@@ -134,7 +138,7 @@ def test_a_compiler_that_fails_leaves_the_old_library(monkeypatch, tmp_path, com
     path.write_text("old")
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(MissingDependencyError, match=compiler):
-        write_library(DOUBLING, Target.parse("x86-64"), MANIFEST, path)
+        write_library(PLAN, Target.parse("x86-64"), MANIFEST, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
