@@ -7,6 +7,7 @@ exactly. NaN stays NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tvm import tirx
@@ -89,6 +90,17 @@ def _gelu(lanes: int, x: Expr, coefficients: tuple[float, ...] = _GELU) -> Expr:
     return above * emit.fma(inside, series, _number(0.5, lanes), lanes)
 
 
+def _half(lanes: int, x: Expr, odd: Expr) -> Expr:
+    """``x * (1 + odd) / 2``; 0 where x is so low that what is left of the sum is its rounding error."""
+    value = x * _number(0.5, lanes) * (_number(1.0, lanes) + odd)
+    return tirx.Select(x < _number(-9.0, lanes), _number(0.0, lanes), value)
+
+
+def _tanh_argument(lanes: int, x: Expr) -> Expr:
+    cubic = emit.fma(x * x, _number(0.044715, lanes), _number(1.0, lanes), lanes)
+    return x * cubic * _number(math.sqrt(2 / math.pi), lanes)
+
+
 def _hard_sigmoid(lanes: int, x: Expr) -> Expr:
     line = emit.fma(x, _number(1 / 6, lanes), _number(0.5, lanes), lanes)
     return _clip(lanes, line, _number(0.0, lanes), _number(1.0, lanes))
@@ -129,4 +141,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "abs": _fabs,
     "nn.relu": lambda lanes, x: emit.at_least(x, _number(0.0, lanes)),
     "erf": _erf,
+    # Alone they may take their time, and are as exact as the rest.
+    "nn.gelu": lambda lanes, x: _half(lanes, x, _erf(lanes, x * _number(math.sqrt(0.5), lanes))),
+    "nn.gelu_tanh": lambda lanes, x: _half(lanes, x, _tanh(lanes, _tanh_argument(lanes, x))),
 }
