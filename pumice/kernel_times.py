@@ -1,8 +1,9 @@
 """The times of several kernels that compute one layer, and the proof that they compute the same.
 
 They are compiled into one module as the steps of a plan, so they are called as a library calls them, and take turns.
-Each has some copies of its weights and goes through these in order, because in a network the weights of the other
-layers come in between; the input stays where it is, for there the layer before has just written it.
+Each has some copies of its weights and of its output and goes through these in order, because in a network the other
+layers come in between: a weight was read, a residual written and an output's place last used long ago. The input stays
+where it is, for there the layer before has just written it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pumice.passes.layer_kernel import LayerKernel, LayerWork, layer_kernel, wei
 from pumice.schedules.tiling import Candidate
 from pumice.targets.executor import Executor, build_executor
 from pumice.targets.isa import isa
-from pumice.targets.plan import FIRST_INPUT, WEIGHTS, Plan, Step, View, align, aligned
+from pumice.targets.plan import FIRST_INPUT, WEIGHTS, WORKSPACE, Plan, Step, View, align, aligned
 from pumice.targets.target import Target
 
-_WEIGHT_BYTES = 4 << 20  # that a kernel goes through before it sees the same again: more than an L2 cache has
+_BYTES = 4 << 20  # that a kernel goes through before it sees the same again: more than an L2 cache has
 _MOST_COPIES = 16
 _LEAST_ROUNDS = 5
 _TOLERANCE = 1e-5  # of float sums in another order, times the square root of their length
@@ -36,7 +37,7 @@ def measure(work: LayerWork, candidates: Sequence[Candidate], target: Target, se
         layer_kernel(work, weight_in(work.numbers.rows, candidate, isa(target.isa)), candidate[1])
         for candidate in candidates
     ]
-    copies = [_copies(kernel) for kernel in kernels]
+    copies = [_copies(kernel, work) for kernel in kernels]
     executor = build_executor(_plan(work, kernels, copies, target), target)
     last = np.cumsum(copies)
     spans = list(zip((last - copies).tolist(), last.tolist(), strict=True))
@@ -44,29 +45,35 @@ def measure(work: LayerWork, candidates: Sequence[Candidate], target: Target, se
     return dict(zip(candidates, _take_turns(executor, spans, seconds), strict=True))
 
 
-def _copies(kernel: LayerKernel) -> int:
-    size = sum(array.nbytes for array in kernel.constants.values())
-    return max(1, min(_MOST_COPIES, -(-_WEIGHT_BYTES // max(size, 1))))
+def _copies(kernel: LayerKernel, work: LayerWork) -> int:
+    size = sum(array.nbytes for array in kernel.constants.values()) + _output_bytes(work)
+    return max(1, min(_MOST_COPIES, -(-_BYTES // size)))
+
+
+def _output_bytes(work: LayerWork) -> int:
+    return math.prod(work.output_shape) * np.dtype(work.epilogue.output).itemsize
 
 
 def _plan(work: LayerWork, kernels: Sequence[LayerKernel], copies: Sequence[int], target: Target) -> Plan:
-    """All kernels, each as many times in a row as it has copies of its weights."""
+    """All kernels, each as many times in a row as it has copies; the first copy is what the caller fills and reads."""
     memory = _Memory()
     shape = (work.source_rows, work.places.source.positions, work.depth)
-    inputs = [(shape, "uint8" if work.numbers.dtype == "int8" else "float32")]
     output = (work.output_shape, work.epilogue.output)
-    residual = [View(FIRST_INPUT + 1)] if work.epilogue.residual else []
-    inputs += [output] if residual else []
+    inputs = [(shape, "uint8" if work.numbers.dtype == "int8" else "float32")]
+    inputs += [output] if work.epilogue.residual else []
+    size = align(_output_bytes(work))
+    outputs = [View(FIRST_INPUT + len(inputs)), *(View(WORKSPACE, i * size) for i in range(max(copies) - 1))]
     mask = [memory.add(work.places.target.mask)] if work.places.target.is_padded else []
     functions, steps = {}, []
     for number, (kernel, count) in enumerate(zip(kernels, copies, strict=True)):
         name = f"candidate_{number}"
         functions[name] = kernel.make(kernel.work, isa(target.isa), name)
-        for _ in range(count):
-            constants = [memory.add(array) for array in kernel.constants.values()]
-            arguments = (View(FIRST_INPUT), *constants, *residual, *mask, View(FIRST_INPUT + len(inputs)))
-            steps.append(Step(name, arguments))
-    return Plan(functions, tuple(steps), memory.weights(), 0, tuple(inputs), (output,))
+        for i in range(count):
+            arguments = [View(FIRST_INPUT), *(memory.add(array) for array in kernel.constants.values())]
+            if work.epilogue.residual:  # of the later copies, the output that was written the longest ago
+                arguments.append(outputs[(i + 1) % count] if i else View(FIRST_INPUT + 1))
+            steps.append(Step(name, (*arguments, *mask, outputs[i])))
+    return Plan(functions, tuple(steps), memory.weights(), (max(copies) - 1) * size, tuple(inputs), (output,))
 
 
 class _Memory:

@@ -79,6 +79,7 @@ def tune_model(
     layer differ in their results.
     """
     pool = check_threads(threads)
+    use_threads(pool)  # before anything makes a pool of its own, which would not grow
     target = Target.parse("native")
     patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
     options = CompileOptions(
@@ -95,7 +96,6 @@ def tune_model(
             mod = read_model(model, inputs)
         arrays = _random_inputs(mod) if calibration is None else samples_of(calibration, mod)
         mod = prepare(mod, options, arrays, masks, stage)
-        use_threads(pool)
         results = []
         for tuned in _tune(_groups(mod, target, pool), journal, target, seconds):
             tell(tuned)
@@ -110,7 +110,7 @@ def _random_inputs(mod: IRModule) -> dict[str, np.ndarray]:
     for var in inputs_of(mod):
         shape, dtype = [int(size) for size in var.ty.shape], np.dtype(str(var.ty.dtype))
         values = draw.standard_normal(shape) if dtype.kind == "f" else draw.integers(0, 2, shape)
-        arrays[var.name] = values.astype(dtype)
+        arrays[var.name] = np.asarray(values, dtype)
     return arrays
 
 
