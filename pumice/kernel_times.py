@@ -3,7 +3,8 @@
 They are compiled into one module as the steps of a plan, so they are called as a library calls them, and take turns.
 Each has some copies of its weights and of its output and goes through these in order, because in a network the other
 layers come in between: a weight was read, a residual written and an output's place last used long ago. The input stays
-where it is, for there the layer before has just written it.
+where it is, for there the layer before has just written it. And the copies of a sparse weight have their rows in other
+orders, for a CPU learns the lengths of a few thousand lists by heart, which it cannot in a network.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from pumice.errors import PumiceError
 from pumice.passes.layer_kernel import LayerKernel, LayerWork, layer_kernel, weight_in
+from pumice.schedules.blocks import QUAD, sparse_blocks
 from pumice.schedules.tiling import Candidate
 from pumice.targets.executor import Executor, build_executor
 from pumice.targets.isa import isa
@@ -38,7 +40,8 @@ def measure(work: LayerWork, candidates: Sequence[Candidate], target: Target, se
         for candidate in candidates
     ]
     copies = [_copies(kernel, work) for kernel in kernels]
-    executor = build_executor(_plan(work, kernels, copies, target), target)
+    weights = [_shuffled(work, *each) for each in zip(candidates, kernels, copies, strict=True)]
+    executor = build_executor(_plan(work, kernels, weights, target), target)
     last = np.cumsum(copies)
     spans = list(zip((last - copies).tolist(), last.tolist(), strict=True))
     _check(work, candidates, executor, [first for first, _ in spans])
@@ -50,30 +53,45 @@ def _copies(kernel: LayerKernel, work: LayerWork) -> int:
     return max(1, min(_MOST_COPIES, -(-_BYTES // size)))
 
 
+def _shuffled(work: LayerWork, candidate: Candidate, kernel: LayerKernel, count: int) -> list[dict[str, np.ndarray]]:
+    """The constants of each copy: the layer's own, then those of its quads of rows in other orders."""
+    form, tiling = candidate
+    rows = work.numbers.rows
+    if tiling is None or form.is_dense or len(rows) % QUAD:
+        return [kernel.constants] * count
+    whole, draw = sparse_blocks(rows, form.shared), np.random.default_rng(0)
+    orders = [draw.permutation(len(rows) // QUAD) for _ in range(count - 1)]
+    others = [layer_kernel(work, whole.with_quads(order).tiled(tiling.words), tiling).constants for order in orders]
+    return [kernel.constants, *others]
+
+
 def _output_bytes(work: LayerWork) -> int:
     return math.prod(work.output_shape) * np.dtype(work.epilogue.output).itemsize
 
 
-def _plan(work: LayerWork, kernels: Sequence[LayerKernel], copies: Sequence[int], target: Target) -> Plan:
+def _plan(
+    work: LayerWork, kernels: Sequence[LayerKernel], weights: Sequence[list[dict[str, np.ndarray]]], target: Target
+) -> Plan:
     """All kernels, each as many times in a row as it has copies; the first copy is what the caller fills and reads."""
+    most = max(map(len, weights))
     memory = _Memory()
     shape = (work.source_rows, work.places.source.positions, work.depth)
     output = (work.output_shape, work.epilogue.output)
     inputs = [(shape, "uint8" if work.numbers.dtype == "int8" else "float32")]
     inputs += [output] if work.epilogue.residual else []
     size = align(_output_bytes(work))
-    outputs = [View(FIRST_INPUT + len(inputs)), *(View(WORKSPACE, i * size) for i in range(max(copies) - 1))]
+    outputs = [View(FIRST_INPUT + len(inputs)), *(View(WORKSPACE, i * size) for i in range(most - 1))]
     mask = [memory.add(work.places.target.mask)] if work.places.target.is_padded else []
     functions, steps = {}, []
-    for number, (kernel, count) in enumerate(zip(kernels, copies, strict=True)):
+    for number, (kernel, copies) in enumerate(zip(kernels, weights, strict=True)):
         name = f"candidate_{number}"
         functions[name] = kernel.make(kernel.work, isa(target.isa), name)
-        for i in range(count):
-            arguments = [View(FIRST_INPUT), *(memory.add(array) for array in kernel.constants.values())]
+        for i, constants in enumerate(copies):
+            arguments = [View(FIRST_INPUT), *(memory.add(array) for array in constants.values())]
             if work.epilogue.residual:  # of the later copies, the output that was written the longest ago
-                arguments.append(outputs[(i + 1) % count] if i else View(FIRST_INPUT + 1))
+                arguments.append(outputs[(i + 1) % len(copies)] if i else View(FIRST_INPUT + 1))
             steps.append(Step(name, (*arguments, *mask, outputs[i])))
-    return Plan(functions, tuple(steps), memory.weights(), (max(copies) - 1) * size, tuple(inputs), (output,))
+    return Plan(functions, tuple(steps), memory.weights(), (most - 1) * size, tuple(inputs), (output,))
 
 
 class _Memory:

@@ -59,6 +59,16 @@ class Blocks:
         starts = 0 if self.starts is None else self.starts.nbytes
         return self.data.nbytes + self.columns.nbytes + starts
 
+    def with_quads(self, order: np.ndarray) -> Blocks:
+        """Sparse blocks of a single tile with the quads of rows in another order."""
+        assert self.starts is not None and self.tiles == 1
+        each = QUAD // self.shared
+        lists = (np.asarray(order)[:, None] * each + np.arange(each)).ravel()
+        counts = np.diff(self.starts)[lists]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        source = np.arange(starts[-1]) + np.repeat(self.starts[lists] - starts[:-1], counts)
+        return replace(self, data=self.data[source], columns=self.columns[source], starts=starts)
+
     def tiled(self, tile_words: int) -> Blocks:
         """The same blocks, of a single tile, cut into tiles of ``tile_words``."""
         lists = self.rows // self.shared

@@ -53,3 +53,45 @@ def test_expanded_groups_are_zero_outside_their_group(groups):
         begin = group * (12 // groups)
         np.testing.assert_array_equal(full[n, :, begin : begin + 12 // groups], rows[n])
         assert np.count_nonzero(full[n]) == np.count_nonzero(rows[n])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 2, 4]))
+def test_quads_in_another_order_are_rows_in_another_order(seed, quads, taps, c, shared):
+    rng = np.random.default_rng(seed)
+    rows = (rng.integers(-128, 128, (4 * quads, taps, c)) * (rng.random((4 * quads, taps, c)) < 0.2)).astype(np.int8)
+    order = rng.permutation(quads)
+    moved = rows.reshape(quads, 4, taps, c)[order].reshape(rows.shape)
+    whole = rebuilt(sparse_blocks(rows, shared).with_quads(order))
+    np.testing.assert_array_equal(whole, rebuilt(sparse_blocks(moved, shared)))
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 4), st.integers(1, 40),
+    st.integers(1, 12), st.sampled_from([0, 1, 2, 4]),
+)  # fmt: skip
+def test_a_tiled_weight_has_the_same_blocks_tile_by_tile(seed, n, taps, c, tile_words, shared):
+    rng = np.random.default_rng(seed)
+    rows = (rng.integers(-128, 128, (n, taps, c)) * (rng.random((n, taps, c)) < 0.3)).astype(np.int8)
+    whole = dense_blocks(rows) if shared == 0 else sparse_blocks(rows, shared)
+    tiled = whole.tiled(tile_words)
+    lists, depth = tiled.rows // tiled.shared, 4
+    assert tiled.tiles == -(-tiled.words // tiled.tile_words)
+    again = np.zeros((lists, tiled.shared, taps * tiled.words, depth), np.int8)
+    at = 0
+    for tile in range(tiled.tiles):
+        words = range(tile * tiled.tile_words, min(tiled.words, (tile + 1) * tiled.tile_words))
+        inside = [t * tiled.words + w for w in words for t in range(taps)]
+        for which in range(lists):
+            if tiled.is_dense:
+                columns = inside
+                assert list(tiled.columns[words[0] * taps : (words[-1] + 1) * taps]) == columns
+            else:
+                columns = tiled.columns[tiled.starts[tile * lists + which] : tiled.starts[tile * lists + which + 1]]
+                assert set(columns) <= set(inside)
+            for column in columns:
+                again[which, :, column] = tiled.data[at]
+                at += 1
+    assert at == len(tiled.data)
+    np.testing.assert_array_equal(again.reshape(tiled.rows, taps, -1), rebuilt(whole))
