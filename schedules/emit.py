@@ -60,8 +60,11 @@ def store(buffer: Buffer, offset: Expr, value: Expr, lanes: int) -> None:
 
 
 def registers(count: int, lanes: int, dtype: str) -> list[Buffer]:
-    """``count`` vectors that live in registers. One buffer each: TVM puts what is larger than 1 KB on the heap."""
-    return [T.alloc_buffer((lanes,), dtype, scope="local") for _ in range(count)]
+    """``count`` vectors that live in registers.
+
+    One buffer each, and "global": TVM puts on the heap what is larger than 1 KB, and in a parallel loop all else.
+    """
+    return [T.alloc_buffer((lanes,), dtype, scope="global") for _ in range(count)]
 
 
 def prefetch(buffer: Buffer, offset: Expr) -> None:

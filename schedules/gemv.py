@@ -123,7 +123,7 @@ class _Emitter:
                 products(i * unroll, unroll)
         if words % unroll:
             products(tirx.const(words // unroll * unroll, "int32"), words % unroll)
-        totals = T.alloc_buffer((size * lanes,), self.acc_dtype, scope="local")
+        totals = T.alloc_buffer((size * lanes,), self.acc_dtype, scope="global")
         for s in range(size):
             emit.store(totals, s * lanes, self._total(acc, s * unroll, unroll), lanes)
         with emit.loop(size) as s:
@@ -145,7 +145,7 @@ class _Emitter:
     def _widened_input(self) -> Buffer:
         """A copy of an input that is narrower than a window: nothing is read past its end."""
         words, window = self.work.words, self.isa.window
-        copy = T.alloc_buffer((window,), self.acc_dtype, scope="local")
+        copy = T.alloc_buffer((window,), self.acc_dtype, scope="global")
         emit.for_strips(words, self.lanes, lambda i, n: emit.store(copy, i, emit.load(self.x, i, n), n))
         emit.fill(copy, words, window - words, 0 if self.work.dtype == "int8" else 0.0, self.acc_dtype, self.lanes)
         return copy
@@ -175,7 +175,7 @@ class _Emitter:
     def _accumulators(self, count: int, bias_of: Callable[[int], Expr | None]) -> Buffer:
         """``count`` accumulators: the bias, from the row that ``bias_of`` says, or zero."""
         lanes = self.lanes
-        acc = T.alloc_buffer((count * lanes,), self.acc_dtype, scope="local")
+        acc = T.alloc_buffer((count * lanes,), self.acc_dtype, scope="global")
         zero = emit.splat(0 if self.work.dtype == "int8" else 0.0, lanes, self.acc_dtype)
         for i in range(count):
             row = bias_of(i)
@@ -216,7 +216,7 @@ class _Emitter:
         in_a_row = self.work.is_dense and count == lanes
         residual = None
         if self.work.epilogue.residual is not None:
-            other = T.alloc_buffer((lanes,), dtype, scope="local")
+            other = T.alloc_buffer((lanes,), dtype, scope="global")
             if in_a_row:
                 emit.store(other, 0, emit.load(self.residual, first, lanes), lanes)
             else:
@@ -228,7 +228,7 @@ class _Emitter:
         if in_a_row:
             emit.store(self.y, first, value, lanes)
             return
-        staged = T.alloc_buffer((lanes,), dtype, scope="local")
+        staged = T.alloc_buffer((lanes,), dtype, scope="global")
         emit.store(staged, 0, value, lanes)
         for i in range(count):
             T.buffer_store(self.y, staged[i], [self._row(first + i)])

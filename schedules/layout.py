@@ -260,7 +260,7 @@ def _four_channels(work: Packing, x: Buffer, row: Expr, token: Expr) -> Expr:
     first = token * work.channels + row * 4
     if work.channels % 4 == 0:
         return emit.load(x, first, 4)
-    staged = T.alloc_buffer((4,), "float32", scope="local")
+    staged = T.alloc_buffer((4,), "float32", scope="global")
     for byte in range(4):
         inside = row * 4 + byte < work.channels
         at = tirx.min(first + byte, tirx.const(work.size - 1, "int32"))

@@ -106,7 +106,7 @@ class _Row:
 
     def reduce(self, operation: str, neutral: float, value: Callable[[Expr, int], Expr]) -> Expr:
         """The sum (fadd) or maximum (fmax) of ``value``, kept in a vector until the end."""
-        wide: Buffer = T.alloc_buffer((self.lanes,), "float32", scope="local")
+        wide: Buffer = T.alloc_buffer((self.lanes,), "float32", scope="global")
         emit.store(wide, 0, emit.splat(neutral, self.lanes, "float32"), self.lanes)
 
         def step(at: Expr, n: int) -> None:
@@ -120,7 +120,7 @@ class _Row:
 
     def scalar(self, value: Expr) -> Expr:
         """``value``, computed once."""
-        cell = T.alloc_buffer((1,), "float32", scope="local")
+        cell = T.alloc_buffer((1,), "float32", scope="global")
         T.buffer_store(cell, value, [0])
         return cell[0]
 

@@ -78,7 +78,7 @@ class _Emitter:
         """All channels of ``vectors`` vectors of positions."""
         work, lanes = self.work, self.lanes
         share = emit.splat(1.0 / work.channels, lanes, "float32")
-        total = T.alloc_buffer((vectors * lanes,), "float32", scope="local")
+        total = T.alloc_buffer((vectors * lanes,), "float32", scope="global")
         if work.centres:
             self._sum(total, position, vectors, lambda part, x, v: part + x)
 
@@ -89,7 +89,7 @@ class _Emitter:
         def squared(part: Expr, x: Expr, v: int) -> Expr:
             return emit.fma(centred(x, v), centred(x, v), part, lanes)
 
-        inverse = T.alloc_buffer((vectors * lanes,), "float32", scope="local")
+        inverse = T.alloc_buffer((vectors * lanes,), "float32", scope="global")
         self._sum(inverse, position, vectors, squared)
         for v in range(vectors):
             epsilon = emit.splat(work.epsilon, lanes, "float32")
@@ -135,7 +135,7 @@ class _Emitter:
 
     def _write(self, quad: Expr, position: Expr, values: list[Expr]) -> None:
         work, lanes = self.work, self.lanes
-        staged = T.alloc_buffer((QUAD * lanes,), "float32", scope="local")
+        staged = T.alloc_buffer((QUAD * lanes,), "float32", scope="global")
         for r, value in enumerate(values):
             emit.store(staged, r * lanes, value, lanes)
             if work.writes_float:

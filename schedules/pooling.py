@@ -158,7 +158,7 @@ def _sum_words(work: GlobalAverage, isa: Isa, x: Buffer, start: Expr, count: int
     """The sum of each channel of ``count`` words: whole vectors, then the rest one by one."""
     lanes, dtype = isa.lanes, "int32" if work.dtype == "uint8" else "float32"
     zero: int | float = 0 if work.dtype == "uint8" else 0.0
-    wide = T.alloc_buffer((work.depth * lanes,), dtype, scope="local")
+    wide = T.alloc_buffer((work.depth * lanes,), dtype, scope="global")
     for channel in range(work.depth):
         emit.store(wide, channel * lanes, emit.splat(zero, lanes, dtype), lanes)
 
@@ -170,7 +170,7 @@ def _sum_words(work: GlobalAverage, isa: Isa, x: Buffer, start: Expr, count: int
             emit.store(wide, channel * lanes, old + part, n)
 
     emit.for_strips(count, lanes, add)
-    sums = T.alloc_buffer((work.depth,), dtype, scope="local")
+    sums = T.alloc_buffer((work.depth,), dtype, scope="global")
     for channel in range(work.depth):
         vector = emit.load(wide, channel * lanes, lanes)
         if work.dtype == "uint8":
