@@ -2,7 +2,8 @@
 
 ``python bench/kernel_costs.py`` measures kernels of many shapes and fits these numbers to their times, here on one
 Zen 5 core. Only ratios between the forms of one instruction set matter; ``pumice tune`` replaces the estimate by
-measurements of the layer itself.
+measurements of the layer itself. The price of a step was not fitted but set, by comparing whole networks: kernels that
+are timed alone do not show it.
 """
 
 from __future__ import annotations
