@@ -52,6 +52,7 @@ _Value = _Storage | tuple[_Storage, ...]
 class _Call:
     kernel: str
     arguments: tuple[_Storage, ...]
+    results: tuple[_Storage, ...]
     layer: str
 
 
@@ -107,7 +108,7 @@ class _Linker:
         results = tuple(_Storage(_bytes(field)) for field in fields)
         given = arguments.fields if isinstance(arguments, relax.Tuple) else [arguments]
         layer = next((self._layer_of[var] for var in given if var in self._layer_of), "")
-        self._calls.append(_Call(name.name_hint, (*self._storages([arguments]), *results), layer))
+        self._calls.append(_Call(name.name_hint, self._storages([arguments]), results, layer))
         return results if _is_tuple(ty) else results[0]
 
     def _storages(self, values: Iterable[relax.Expr]) -> tuple[_Storage, ...]:
@@ -138,13 +139,13 @@ class _Linker:
             else:
                 name = f"copy_{storage.size}_bytes"
                 self._kernels[name] = copy(storage.size, name)
-                self._calls.append(_Call(name, (storage, _Storage(storage.size, place)), ""))
+                self._calls.append(_Call(name, (storage,), (_Storage(storage.size, place),), ""))
 
     def _place(self) -> int:
         """Give what is left a place in the workspace; its size."""
         used: dict[_Storage, list[int]] = {}
         for i, call in enumerate(self._calls):
-            for storage in call.arguments:
+            for storage in (*call.arguments, *call.results):
                 if storage.place is None:
                     used.setdefault(storage, []).append(i)
         placement = plan_memory([Lifetime(storage.size, steps[0], steps[-1]) for storage, steps in used.items()])
@@ -181,8 +182,9 @@ class _Weights:
 
 
 def _step(call: _Call) -> Step:
-    places = [storage.place for storage in call.arguments]
-    return Step(call.kernel, tuple(place for place in places if place is not None), call.layer)
+    places = [storage.place for storage in (*call.arguments, *call.results)]
+    outputs = tuple(storage.size for storage in call.results)
+    return Step(call.kernel, tuple(place for place in places if place is not None), call.layer, outputs)
 
 
 def _is_tuple(ty: Type) -> bool:

@@ -149,7 +149,7 @@ class _Runner:
         _check_runs_here(path, manifest)
         shapes = [[(spec.shape, spec.dtype) for spec in specs] for specs in (inputs, outputs)]
         try:
-            self.executor = load_library(path, int(manifest["workspace"]), *shapes)
+            self.executor = load_library(path, int(manifest["workspace"]), int(manifest["scratch"]), *shapes)
         except (RuntimeError, AttributeError, ValueError, OSError) as error:
             raise ModelError(f"{path}: cannot be loaded ({first_line(error)}); compile the model again") from error
         self._outputs = [(spec.name, buffer) for spec, buffer in zip(outputs, self.executor.outputs, strict=True)]

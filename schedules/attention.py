@@ -126,10 +126,16 @@ class _Emitter:
                         self._tile(batch, head, first, smaller + 1)
                     with T.Else():
                         self._tile(batch, head, first, smaller)
+            self._fill_rest(unit)
+
+    def _fill_rest(self, unit: Expr) -> None:
+        """Channels that only fill up the last word."""
+        work = self.work
         rest = work.output_shape[0] - work.heads * work.value_size
         if not work.requantize and rest:
             end = work.heads * work.value_size * work.q.positions
-            emit.fill(self.y, end, rest * work.q.positions, 0.0, "float32", self.lanes)
+            with T.If(unit == 0), T.Then():
+                emit.fill(self.y, end, rest * work.q.positions, 0.0, "float32", self.lanes)
 
     def _declare(self) -> None:
         work = self.work

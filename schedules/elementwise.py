@@ -52,11 +52,13 @@ def add(work: Add, isa: Isa, name: str = "add") -> tirx.PrimFunc:
 
         chunk = 64 * isa.lanes
         whole, rest = divmod(work.words, chunk)
-        if whole:
-            parallel = work.threads > 1 and work.words > _PARALLEL_WORDS
-            with emit.loop(whole, parallel) as part:
-                emit.for_strips(chunk, isa.lanes, lambda i, n: strip(part * chunk + i, n))
-        emit.for_strips(rest, isa.lanes, lambda i, n: strip(i + whole * chunk, n))
+        parallel = work.threads > 1 and work.words > _PARALLEL_WORDS
+        with emit.loop(whole + (rest > 0), parallel) as part:
+
+            def strips(full: bool) -> None:
+                emit.for_strips(chunk if full else rest, isa.lanes, lambda i, n: strip(part * chunk + i, n))
+
+            emit.either(part < whole, whole, rest, strips)
 
     return emit.kernel(name, body)
 

@@ -170,6 +170,18 @@ def loop(count: int, parallel: bool = False) -> Iterator[Expr]:
             yield i
 
 
+def either(condition: Expr, first: int, second: int, body: Callable[[bool], None]) -> None:
+    """``body(True)`` where ``condition`` holds and ``body(False)`` elsewhere; of two numbers a zero says "never"."""
+    if not (first and second):
+        body(bool(first))
+        return
+    with T.If(condition):
+        with T.Then():
+            body(True)
+        with T.Else():
+            body(False)
+
+
 def splat_word(byte: int) -> int:
     """A word of four equal bytes, as a signed int32."""
     return int.from_bytes(bytes([byte] * 4), "little", signed=True)

@@ -68,14 +68,16 @@ def matmul(work: Matmul, isa: Isa, name: str = "matmul") -> tirx.PrimFunc:
                 with emit.loop(rest % lanes) as i:
                     tile(batch, row, rows, i + (column + whole * lanes), 1, 1)
 
-        quads, left_over = divmod(m, _ROWS)
+        whole, left_over = divmod(m, _ROWS)
+        parts = whole + (left_over > 0)
         parallel = work.threads > 1 and work.batch * m * n * k > _PARALLEL_WORK
-        if quads:
-            with emit.loop(work.batch * quads, parallel) as unit:
-                rows_of(unit // quads, (unit % quads) * _ROWS, _ROWS)
-        if left_over:
-            with emit.loop(work.batch, parallel) as batch:
-                rows_of(batch, tirx.const(quads * _ROWS, "int32"), left_over)
+        with emit.loop(work.batch * parts, parallel) as unit:
+            batch, part = unit // parts, unit % parts
+
+            def rows(full: bool) -> None:
+                rows_of(batch, part * _ROWS, _ROWS if full else left_over)
+
+            emit.either(part < whole, whole, left_over, rows)
 
     return emit.kernel(name, body)
 

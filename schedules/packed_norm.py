@@ -68,11 +68,9 @@ class _Emitter:
         self.buffers = dict(zip(specs, emit.arguments(**specs), strict=True))
         whole, rest = divmod(-(-work.span // self.lanes), self.largest)
         parallel = work.threads > 1 and work.rows * work.span > _PARALLEL_SIZE
-        if whole:
-            with emit.loop(whole, parallel) as tile:
-                self._tile(tile * self.largest * self.lanes, self.largest)
-        if rest:
-            self._tile(tirx.const(whole * self.largest * self.lanes, "int32"), rest)
+        with emit.loop(whole + (rest > 0), parallel) as tile:
+            position = tile * self.largest * self.lanes
+            emit.either(tile < whole, whole, rest, lambda full: self._tile(position, self.largest if full else rest))
 
     def _tile(self, position: Expr, vectors: int) -> None:
         """All channels of ``vectors`` vectors of positions."""

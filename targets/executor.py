@@ -21,7 +21,7 @@ class Executor:
     Args:
         module: what ``build`` made, or a library that was loaded.
         weights: an array that begins where the weights do; it is not copied.
-        workspace: bytes that the plan wants.
+        workspace, scratch: bytes that the plan and its kernels want.
         inputs, outputs: shapes and data types.
     """
 
@@ -30,30 +30,32 @@ class Executor:
         module: tvm.runtime.Module,
         weights: np.ndarray,
         workspace: int,
+        scratch: int,
         inputs: Iterable[Spec],
         outputs: Iterable[Spec],
     ) -> None:
         self._run = module[ENTRY]
         self.inputs = [aligned(shape, dtype) for shape, dtype in inputs]
         self.outputs = [aligned(shape, dtype) for shape, dtype in outputs]
-        self._memory = weights, aligned((workspace,), "uint8")
+        self._memory = weights, aligned((workspace,), "uint8"), aligned((scratch,), "uint8")
         buffers = [*self._memory, *self.inputs, *self.outputs]
         self._table = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
         self._buffers = ctypes.c_void_p(self._table.ctypes.data)
 
     def run(self, first: int = 0, last: int = 2**31 - 1) -> None:
         """Run the steps from ``first`` up to but without ``last``."""
-        self._run(self._buffers, first, last)
+        self._run(self._buffers, first, last, 0, 1)
 
 
 def build_executor(plan: Plan, target: Target) -> Executor:
     """Compile ``plan`` in memory, for this machine."""
-    return Executor(build(plan, target), plan.weights, plan.workspace, plan.inputs, plan.outputs)
+    code = build(plan, target)
+    return Executor(code.module, plan.weights, plan.workspace, code.scratch, plan.inputs, plan.outputs)
 
 
-def load_library(path: Path, workspace: int, inputs: Iterable[Spec], outputs: Iterable[Spec]) -> Executor:
+def load_library(path: Path, workspace: int, scratch: int, inputs: Iterable[Spec], outputs: Iterable[Spec]) -> Executor:
     """The executor of a library; its weights stay where the loader mapped them."""
     name = str(path.resolve())  # dlopen searches the system's folders for a name without a slash
     module = tvm.runtime.load_module(name)
     weights = np.ctypeslib.as_array((ctypes.c_uint8 * 1).in_dll(ctypes.CDLL(name), WEIGHTS_SYMBOL))
-    return Executor(module, weights, workspace, inputs, outputs)
+    return Executor(module, weights, workspace, scratch, inputs, outputs)

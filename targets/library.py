@@ -6,21 +6,18 @@ copied or even read before a kernel does.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pumice.errors import MissingDependencyError, UsageError
+from pumice.errors import UsageError
 from pumice.targets.build import build
-from pumice.targets.detect import host_architecture
 from pumice.targets.manifest import SECTION, encode_manifest
 from pumice.targets.plan import Plan
 from pumice.targets.target import Target
+from pumice.targets.toolchain import find_toolchain
 
 WEIGHTS_SYMBOL = "pumice_weights"
 
@@ -41,47 +38,32 @@ _DATA = f"""
 """
 
 
-def write_library(plan: Plan, target: Target, manifest: dict[str, Any], path: str | Path) -> None:
+def write_library(
+    plan: Plan, target: Target, manifest: dict[str, Any], path: str | Path, libc: str | None = None
+) -> None:
     """Build ``plan`` for ``target`` and link it, with ``manifest``, into the shared library ``path``.
 
+    ``libc`` is the C library of the box, as ``find_toolchain`` takes it.
     The manifest gets the plan's ``steps`` and the bytes of ``workspace`` and ``weights``. The library is linked
     elsewhere and moved into place when it is complete: on any failure what was at ``path`` stays. The same plan and
     manifest give the same bytes. Raises UsageError where ``path`` cannot be written and MissingDependencyError
     without a C compiler.
     """
     path = Path(path)
-    compiler = find_compiler(target)
-    module = build(plan, target)
+    toolchain = find_toolchain(target, libc)
+    code = build(plan, target)
     planned = {
         "steps": [step.to_json() for step in plan.steps],
         "workspace": plan.workspace,
+        "scratch": code.scratch,
         "weights": plan.weights.nbytes,
     }
     with tempfile.TemporaryDirectory(prefix="pumice-") as temporary:
         folder = Path(temporary)
-        module.write_to_file(str(folder / "code.o"))
+        code.module.write_to_file(str(folder / "code.o"))
         _write_data(manifest | planned, plan, folder)
-        _link(compiler, "linked.so", ["code.o", "data.s"], folder)
+        toolchain.link("linked.so", ["code.o", "data.s"], folder)
         move_into_place(folder / "linked.so", path)
-
-
-def find_compiler(target: Target) -> list[str]:
-    """The command that assembles and links for ``target``: $CC, a C compiler of the system, or ziglang's."""
-    if target.architecture == host_architecture():
-        candidates = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
-        install = "`apt-get install gcc`, or `pip install ziglang`"
-    else:
-        candidates = [f"{target.architecture}-linux-gnu-gcc"]
-        install = f"`apt-get install gcc-{target.architecture}-linux-gnu`, or `pip install ziglang`"
-    for candidate in candidates:
-        command = candidate.split()
-        if command and shutil.which(command[0]):
-            return command
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{target.architecture}-linux-gnu"]
-    raise MissingDependencyError(
-        f"a C compiler that links for {target.architecture} is needed and none was found; install one: {install}"
-    )
 
 
 def check_destination(path: str | Path) -> None:
@@ -131,17 +113,6 @@ def _write_data(manifest: dict[str, Any], plan: Plan, folder: Path) -> None:
     Path(folder, "manifest.json").write_bytes(encode_manifest(manifest))
     plan.weights.tofile(folder / "weights.bin")
     Path(folder, "data.s").write_text(_DATA)
-
-
-def _link(compiler: list[str], output: str, objects: list[str], folder: Path) -> None:
-    """One command does both; it runs in ``folder``, and no path reaches the library."""
-    # The table of local symbols is a tenth of a small library, and nothing reads it.
-    command = [*compiler, "-shared", "-fPIC", "-Wl,-s", "-o", output, *objects, "-lm"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0 or not (folder / output).is_file():
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        why = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
-        raise MissingDependencyError(f"'{' '.join(compiler)}' could not link the library: {why.strip()}")
 
 
 def _cannot_write(path: Path, error: OSError) -> UsageError:

@@ -1,7 +1,8 @@
 """What a compiled model runs: its steps in order, and where each argument of each step lies.
 
-Everything is decided at compile time. Four kinds of buffers hold all data: the weights, one workspace for what is
-computed on the way, the inputs and the outputs. A step calls one kernel with views of them.
+Everything is decided at compile time. Five kinds of buffers hold all data: the weights, one workspace for what is
+computed on the way, scratch for what a kernel needs while it runs, the inputs and the outputs. A step calls one kernel
+with views of them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-ALIGNMENT = 64  # bytes: of every buffer and every view, which the kernels rely on
+ALIGNMENT = 64  # bytes: of weights, workspace and scratch and every view of them, which the kernels rely on
 
-# Buffers go by number: these two, then the inputs, then the outputs.
+# Buffers go by number: these three, then the inputs, then the outputs.
 WEIGHTS = 0
 WORKSPACE = 1
-FIRST_INPUT = 2
+SCRATCH = 2
+FIRST_INPUT = 3
 
 Spec = tuple[tuple[int, ...], str]  # of an input or output: shape and data type
 
@@ -33,15 +35,24 @@ class View:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of a kernel. ``layer`` is the layer that it computes, empty for what runs between layers."""
+    """One call of a kernel. ``layer`` is the layer that it computes, empty for what runs between layers.
+
+    ``outputs`` are the bytes of each result; results are the last arguments.
+    """
 
     kernel: str
     arguments: tuple[View, ...]
     layer: str = ""
+    outputs: tuple[int, ...] = ()
+
+    @property
+    def results(self) -> tuple[View, ...]:
+        """Where the results lie."""
+        return self.arguments[len(self.arguments) - len(self.outputs) :]
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest keeps it."""
-        return {"kernel": self.kernel, "layer": self.layer}
+        return {"kernel": self.kernel, "layer": self.layer, "outputs": list(self.outputs)}
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lowering import NATIVE
-from tvm import tirx
 from tvm.script import tirx as T
 
 from pumice.schedules.copy import copy
 from pumice.targets.build import build
 from pumice.targets.executor import Executor, build_executor, load_library
 from pumice.targets.library import write_library
-from pumice.targets.plan import FIRST_INPUT, WORKSPACE, Plan, Step, View, aligned
+from pumice.targets.plan import FIRST_INPUT, WEIGHTS, WORKSPACE, Plan, Step, View, aligned
 
 SIZE = 100
 SPEC = ((SIZE,), "uint8")
@@ -22,7 +21,10 @@ SPEC = ((SIZE,), "uint8")
 
 def plan_of_copies() -> Plan:
     """input -> workspace -> output."""
-    steps = (Step("copy", (View(FIRST_INPUT), View(WORKSPACE, 64))), Step("copy", (View(WORKSPACE, 64), View(3))))
+    steps = (
+        Step("copy", (View(FIRST_INPUT), View(WORKSPACE, 64))),
+        Step("copy", (View(WORKSPACE, 64), View(FIRST_INPUT + 1))),
+    )
     return Plan({"copy": copy(SIZE)}, steps, aligned((0,), "uint8"), 192, (SPEC,), (SPEC,))
 
 
@@ -61,7 +63,7 @@ def test_executors_share_nothing_but_the_weights(plan, tmp_path):
     target = NATIVE
     manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
     write_library(replace(plan, weights=np.arange(50, dtype=np.uint8)), target, manifest, path)
-    one, two = (load_library(path, plan.workspace, plan.inputs, plan.outputs) for _ in range(2))
+    one, two = (load_library(path, plan.workspace, 0, plan.inputs, plan.outputs) for _ in range(2))
     one.inputs[0][:], two.inputs[0][:] = 1, 2
     one.run(0, 1)
     two.run()
@@ -73,9 +75,9 @@ def test_weights_are_mapped_on_a_page_and_read_only(plan, tmp_path):
     path = tmp_path / "copies.so"
     weights = np.arange(5000).astype(np.uint8)
     manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
-    steps = (Step("copy", (View(0), View(3))),)
+    steps = (Step("copy", (View(WEIGHTS), View(FIRST_INPUT + 1))),)
     write_library(replace(plan, weights=weights, steps=steps), NATIVE, manifest, path)
-    executor = load_library(path, plan.workspace, plan.inputs, plan.outputs)
+    executor = load_library(path, plan.workspace, 0, plan.inputs, plan.outputs)
     executor.run()
     np.testing.assert_array_equal(executor.outputs[0], weights[:SIZE])
     library = ctypes.CDLL(str(path))
@@ -89,41 +91,76 @@ def test_c_calls_the_entry(plan, tmp_path):
     path = tmp_path / "copies.so"
     manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
     write_library(plan, NATIVE, manifest, path)
-    load_library(path, plan.workspace, plan.inputs, plan.outputs)
-    buffers = [aligned((size,), "uint8") for size in (64, plan.workspace, SIZE, SIZE)]
-    buffers[2][:] = 9
-    pointers = (ctypes.c_void_p * 4)(*(buffer.ctypes.data for buffer in buffers))
-    assert ctypes.CDLL(str(path)).pumice_run(pointers, 0, len(plan.steps)) == 0
-    assert (buffers[3] == 9).all()
+    load_library(path, plan.workspace, 0, plan.inputs, plan.outputs)
+    buffers = [aligned((size,), "uint8") for size in (64, plan.workspace, 64, SIZE, SIZE)]
+    buffers[3][:] = 9
+    pointers = (ctypes.c_void_p * 5)(*(buffer.ctypes.data for buffer in buffers))
+    assert ctypes.CDLL(str(path)).pumice_steps(pointers, 0, len(plan.steps), 0, 1) == 0
+    assert (buffers[4] == 9).all()
 
 
-def test_a_kernel_that_fails_stops_the_run(plan):
-    """A packed call of a function that does not exist fails at run time."""
+def test_tasks_share_a_kernel(plan):
+    """Every task for itself computes the kernel's own large buffer; the parallel loop is cut; the rest is task 0's."""
 
     @T.prim_func(private=True)
-    def failing(x: T.Buffer((SIZE,), "uint8"), y: T.Buffer((SIZE,), "uint8")):
+    def shared(x: T.Buffer((10,), "int32"), y: T.Buffer((10,), "int32")):
         T.func_attr({"tirx.noalias": True})
-        T.evaluate(T.tvm_call_packed("pumice.no_such_function", 1))
-        y[0] = x[0]
+        own = T.alloc_buffer((1000,), "int32", scope="global")
+        for i in range(1000):
+            own[i] = x[i % 10] + 1
+        for i in T.parallel(10):
+            y[i] = own[i] * 2
 
-    assert isinstance(failing, tirx.PrimFunc)
-    broken = replace(
-        plan,
-        kernels={**plan.kernels, "failing": failing},
-        steps=(Step("failing", (View(FIRST_INPUT), View(WORKSPACE))), *plan.steps),
+    @T.prim_func(private=True)
+    def alone(x: T.Buffer((10,), "int32"), y: T.Buffer((10,), "int32")):
+        T.func_attr({"tirx.noalias": True})
+        for i in T.parallel(10):
+            y[i] = x[i]
+        y[3] = 77
+
+    spec = ((10,), "int32")
+    steps = (
+        Step("shared", (View(FIRST_INPUT), View(WORKSPACE)), outputs=(40,)),
+        Step("alone", (View(WORKSPACE), View(FIRST_INPUT + 1)), outputs=(40,)),
     )
-    executor = build_executor(broken, NATIVE)
-    executor.outputs[0][:] = 3
-    with pytest.raises(Exception, match="no_such_function"):
-        executor.run()
-    assert (executor.outputs[0] == 3).all()
-    executor.run(1)
+    code = build(Plan({"shared": shared, "alone": alone}, steps, plan.weights, 64, (spec,), (spec,)), NATIVE)
+    assert code.scratch == 4032
+    x, y, workspace = np.arange(10, dtype=np.int32), aligned((10,), "int32"), aligned((64,), "uint8")
+    y[:] = 0
+    workspace[:] = 0
+    scratches = [aligned((code.scratch,), "uint8") for _ in range(3)]
+
+    def run(step: int, task: int) -> None:
+        buffers = (plan.weights, workspace, scratches[task], x, y)
+        table = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
+        code.module["pumice_steps"](ctypes.c_void_p(table.ctypes.data), step, step + 1, task, 3)
+
+    run(0, 2)
+    np.testing.assert_array_equal(workspace.view("int32")[:10], [0] * 6 + [14, 16, 18, 20])
+    run(0, 0)
+    run(0, 1)
+    np.testing.assert_array_equal(workspace.view("int32")[:10], np.arange(2, 22, 2))
+    run(1, 1)
+    assert (y == 0).all()
+    run(1, 0)
+    np.testing.assert_array_equal(y, [2, 4, 6, 77, 10, 12, 14, 16, 18, 20])
+
+
+def test_the_callers_buffers_may_lie_anyhow(plan):
+    code = build(plan, NATIVE)
+    x, y = (np.zeros(SIZE + 1, np.uint8)[1:] for _ in range(2))
+    x[:] = np.arange(SIZE)
+    buffers = (plan.weights, aligned((plan.workspace,), "uint8"), plan.weights, x, y)
+    table = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
+    code.module["pumice_steps"](ctypes.c_void_p(table.ctypes.data), 0, 2, 0, 1)
+    np.testing.assert_array_equal(x, y)
 
 
 def test_kernels_take_aligned_pointers_that_do_not_alias(plan):
-    source = build(plan, NATIVE).inspect_source("ll")
+    steps = (Step("copy", (View(WORKSPACE), View(FIRST_INPUT + 1))),)
+    source = build(replace(plan, steps=steps), NATIVE).module.inspect_source("ll")
     (line,) = [line for line in source.splitlines() if line.startswith("define") and "@copy_compute_(" in line]
-    assert line.count("noalias") == 2 and line.count("align 64") == 2
+    assert line.count("noalias") == 2 and line.count("align 64") == 1
 
 
 def _holds(line: str, address: int) -> bool:
