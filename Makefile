@@ -18,10 +18,10 @@ bench: .venv/bench.stamp
 	$(BIN)/python -m bench.networks_speed $(BENCH_OPTIONS)
 	$(BIN)/python -m bench.plots
 
-test: lint
+test: lint .venv/emulator.stamp
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-slow: .venv/test.stamp
+test-slow: .venv/test.stamp .venv/emulator.stamp
 	$(BIN)/pytest -n 2 -m slow
 
 lint: .venv/test.stamp
@@ -50,6 +50,15 @@ format: .venv/test.stamp
 # PyTorch is an extra of the product, and only the tests of its frontend need it.
 .venv/test.stamp: .venv/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]' '$(TORCH)'
+	@touch $@
+
+# ARM is emulated. Where these packages are missing and cannot be installed, those tests are skipped and say so.
+EMULATOR := qemu-user-static libc6-arm64-cross
+.venv/emulator.stamp: .venv/bin/python
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(EMULATOR) >/dev/null 2>&1; then \
+	    { apt-get -qq update && apt-get -qq install --no-install-recommends $(EMULATOR); } >/dev/null 2>&1 \
+	        || echo "note: could not install $(EMULATOR): the tests for ARM will be skipped"; \
+	fi
 	@touch $@
 
 clean:

@@ -17,6 +17,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from bench.kernel_model import KernelModel
 from bench.layer_shapes import LayerShape
 from pumice.bench import Timing, summarize, take_turns
 from pumice.driver import CompileOptions, Stages, prepare
@@ -52,17 +53,13 @@ class PumiceKernel:
         lowered = lower(mod, device, LowerOptions(threads, Chooser(forms)))
         (self.description,) = (layer.kernel for layer in layers_of(lowered).values())
         name, arrays = _layer_call(lowered)
-        function = lowered[name].with_attr("global_symbol", "kernel")
-        library = tvm.compile(tvm.IRModule({"kernel": function}), target=device.tvm)
-        # Timed inside the runtime: a call from Python costs as much as a small kernel.
-        self._evaluate = library.mod.time_evaluator("kernel", tvm.cpu(), number=1, repeat=1)
-        self._arguments = [tvm.runtime.tensor(array) for array in arrays]
+        self._kernel = KernelModel(lowered[name], device, arrays, threads)
         self._times: list[float] = []
         self.nbytes = sum(array.nbytes for array in arrays)
 
     def run(self) -> None:
         """One run."""
-        self._times.append(float(self._evaluate(*self._arguments).mean) * 1e3)
+        self._times.append(self._kernel.seconds() * 1e3)
 
     def milliseconds(self) -> list[float]:
         """The time of every run so far."""

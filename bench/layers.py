@@ -9,23 +9,20 @@ Every kernel of one layer takes turns in one process: Pumice's dense one, its be
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from bench.break_even import break_even
 from bench.kernels import Kernel, PeerKernel, PumiceKernel, time_kernels
 from bench.layer_shapes import LAYERS, PATTERNS
+from bench.options import speed_options
 from bench.processes import fresh_processes, write_runs
 from bench.tables import markdown, number
 from pumice.bench import Timing
 from pumice.errors import UsageError
-from pumice.peers import PEERS
-from pumice.threads import check_threads, use_threads
 
 ZEROS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -46,7 +43,6 @@ class Job:
 
 def measure_layer(job: Job) -> Entry:
     """All kernels of one layer on one thread count, as an entry of the JSON's ``runs``."""
-    use_threads(check_threads(job.threads))  # before anything else makes TVM's pool
     shape = LAYERS[job.layer]
     dense = shape.weight()
     kernels: dict[str, Kernel] = {}
@@ -135,14 +131,8 @@ def summary(runs: Sequence[Entry]) -> str:
 
 def main() -> None:
     """Measure each layer on each thread count in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = speed_options(__doc__, ZEROS, threads=[1], seconds=20, json="out/bench/layers.json")
     parser.add_argument("--layers", nargs="+", default=["*"], metavar="GLOB", help=f"of {'; '.join(LAYERS)}")
-    parser.add_argument("--zeros", nargs="+", type=float, default=list(ZEROS), help="shares of blocks")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--target", default="native", help="what Pumice compiles for")
-    parser.add_argument("--seconds", type=float, default=20, help="how long the kernels of one layer take turns")
-    parser.add_argument("--json", type=Path, default=Path("out/bench/layers.json"))
     options = parser.parse_args()
     chosen = [name for name in LAYERS if any(fnmatchcase(name, glob) for glob in options.layers)]
     if not chosen:

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from bench.kernel_model import KernelModel
 from bench.processes import fresh_processes, write_runs
 from bench.tables import markdown
 from pumice.schedules import emit
 from pumice.targets.isa import Isa, isa
 from pumice.targets.target import Target
-from pumice.threads import check_threads, use_threads
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _USUAL_CACHES = {"L1": 32 << 10, "L2": 1 << 20, "L3": 16 << 20}
@@ -54,21 +53,20 @@ def main() -> None:
 
 def measure_machine(threads: int) -> dict[str, Any]:
     """The roofs on so many threads: the best of some repeats, for a roof is what can be reached."""
-    use_threads(check_threads(threads))
     target = Target.parse("native")
     instructions = isa(target.isa)
     gops = {}
     for dtype in ("int8", "float32"):
         accumulators = instructions.registers * 3 // 8
         arrays = [np.ones((threads, instructions.lanes), "int32" if dtype == "int8" else "float32")] * 2
-        seconds = _seconds(_products(instructions, dtype, accumulators, threads), target, arrays)
+        seconds = _seconds(_products(instructions, dtype, accumulators, threads), target, arrays, threads)
         products = _STEPS * accumulators * instructions.lanes * (4 if dtype == "int8" else 1) * threads
         gops[dtype] = 2e-9 * products / seconds
     gbytes = {}
     for level, size in working_sets(cache_sizes()).items():
         rounds = max(1, _BYTES_READ // size)
         arrays = [np.ones((threads, count), np.int32) for count in (size // 4, instructions.lanes)]
-        seconds = _seconds(_sum(instructions, size // 4, rounds, threads), target, arrays)
+        seconds = _seconds(_sum(instructions, size // 4, rounds, threads), target, arrays, threads)
         gbytes[level] = 1e-9 * size * rounds * threads / seconds
     return {"threads": threads, "gops": gops, "gbytes": gbytes}
 
@@ -145,12 +143,10 @@ def _store_sum(acc: Any, count: int, y: Any, thread: Any, lanes: int) -> None:
     emit.store(y, thread * lanes, total, lanes)
 
 
-def _seconds(function: tirx.PrimFunc, target: Target, arrays: Sequence[np.ndarray]) -> float:
+def _seconds(function: tirx.PrimFunc, target: Target, arrays: Sequence[np.ndarray], threads: int) -> float:
     """The shortest time of a kernel."""
-    named = function.with_attr("global_symbol", "kernel")
-    library = tvm.compile(tvm.IRModule({"kernel": named}), target=target.tvm)
-    evaluate = library.mod.time_evaluator("kernel", tvm.cpu(), number=1, repeat=_REPEATS)
-    return float(min(evaluate(*(tvm.runtime.tensor(array) for array in arrays)).results))
+    with KernelModel(function, target, arrays, threads) as kernel:
+        return min(kernel.seconds() for _ in range(_REPEATS))
 
 
 if __name__ == "__main__":

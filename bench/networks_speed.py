@@ -10,7 +10,6 @@ process, and every output is compared with ONNX Runtime's float32 on the same we
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import numpy as np
 import onnx
 
 from bench.engines import Engine, peer_engine, pumice_engine, time_together
+from bench.options import speed_options
 from bench.processes import fresh_processes, write_runs
 from bench.pruning import prune_blocks
 from bench.subjects import SUBJECTS, Subject
 from bench.tables import markdown, number
 from pumice.errors import AccuracyBudgetError
-from pumice.peers import PEERS, OnnxRuntime, quantize_int8
-from pumice.threads import check_threads, use_threads
+from pumice.peers import OnnxRuntime, quantize_int8
 
 ZEROS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 MIN_SNR_DB = 6.0  # of Pumice against float32 on the same weights: a wrong kernel gives 0 or less
@@ -63,7 +62,6 @@ class Contender:
 
 def measure_network(job: Job, model: bytes) -> Entry:
     """Every engine of one network on one thread count, as an entry of the JSON's ``runs``."""
-    use_threads(check_threads(job.threads))  # before anything else makes TVM's pool
     subject = SUBJECTS[job.network]
     sample = subject.feed(1)
     contenders = []
@@ -178,15 +176,9 @@ def scaling(runs: Sequence[Entry]) -> str:
 
 def main() -> None:
     """Measure each network on each thread count in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = speed_options(__doc__, ZEROS, threads=[1, 2], seconds=30, json="out/bench/networks.json")
     parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--zeros", nargs="+", type=float, default=list(ZEROS), help="shares of 1x4 blocks")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--peers-on-zeros", nargs="+", type=float, default=[], metavar="SHARE")
-    parser.add_argument("--target", default="native", help="what Pumice compiles for")
-    parser.add_argument("--seconds", type=float, default=30, help="how long the engines of one run take turns")
-    parser.add_argument("--json", type=Path, default=Path("out/bench/networks.json"))
     options = parser.parse_args()
     runs: list[Entry] = []
     with fresh_processes() as call:

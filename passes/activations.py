@@ -24,6 +24,7 @@ class Activation:
     """``name`` is one of the ACTIVATIONS that have a kernel; ``members`` compute it, the last one is its result."""
 
     name: str
+    parameters: tuple[float, ...]
     members: tuple[relax.Var, ...]
 
 
@@ -41,9 +42,9 @@ def activation_after(graph: Graph, var: relax.Var) -> Activation | None:
             return None
         values[reader] = value
         if readers == {reader}:  # nothing else reads what came before
-            name = _name_of(value)
-            if name is not None:
-                return Activation(name, tuple(values)[1:])
+            known = _recognised(value)
+            if known is not None:
+                return Activation(*known, tuple(values)[1:])
     return None
 
 
@@ -61,11 +62,17 @@ def _value(graph: Graph, reader: relax.Var, values: dict[relax.Var, np.ndarray])
         return apply(call, reader, operands)
 
 
-def _name_of(values: np.ndarray) -> str | None:
+def _recognised(values: np.ndarray) -> tuple[str, tuple[float, ...]] | None:
     for name, wanted in _WANTED.items():
-        if np.allclose(values, wanted, rtol=1e-5, atol=1e-6):
-            return name
-    return None
+        if _close(values, wanted):
+            return name, ()
+    slope = float(values[0] / _POINTS[0])
+    is_leaky = slope not in (0.0, 1.0) and _close(values, np.where(_POINTS < 0, slope * _POINTS, _POINTS))
+    return ("nn.leakyrelu", (slope,)) if is_leaky else None
+
+
+def _close(values: np.ndarray, wanted: np.ndarray) -> bool:
+    return np.allclose(values, wanted, rtol=1e-5, atol=1e-6)
 
 
 _MOST_MEMBERS = 8

@@ -1,4 +1,4 @@
-"""A compiler pass that gives each activation function its one form: relu, or clip with two bounds."""
+"""A compiler pass that gives each activation function its one form: relu, leaky relu, or clip with two bounds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class CanonicalizeActivations:
     ``maximum(x, 0) -> nn.relu(x)``; ``minimum(maximum(x, a), b) -> clip(x, a, b)``, in either order, as operators
     or as the PrimFuncs that the ONNX importer calls for them; ``nn.relu6(x) -> clip(x, 0, 6)``;
     ``clip(clip(x, a, inf), -inf, b) -> clip(x, a, b)``; ``clip(x, 0, inf) -> nn.relu(x)``.
+
+    ``nn.prelu(x, [a, a, ...])`` and, for ``0 < a < 1``, ``maximum(x, a * x) -> nn.leakyrelu(x, a)``.
     """
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
@@ -35,7 +37,7 @@ def _canonicalize(rw: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr
         return None
     clamp = _clamp(rw, value)
     if clamp is None:
-        return None
+        return _leaky(rw, value)
     data, low, high = clamp
     if shape_of(data) != shape_of(var):
         return None
@@ -54,6 +56,23 @@ def _canonicalize(rw: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr
     if op_name(value) == "relax.clip" and inner_clamp is None and _has_float_bounds(value, dtype_of(var)):
         return None
     return relax.op.clip(data, tirx.FloatImm(dtype_of(var), low), tirx.FloatImm(dtype_of(var), high))
+
+
+def _leaky(rw: Rewriter, value: relax.Call) -> relax.Expr | None:
+    """A line with another slope below zero."""
+    operator = op_name(value).removeprefix("relax.")
+    if operator == "nn.prelu":
+        slopes = rw.array(value.args[1])
+        is_one = slopes is not None and slopes.size > 0 and (slopes == slopes.flat[0]).all()
+        return relax.op.nn.leakyrelu(value.args[0], float(slopes.flat[0])) if is_one else None
+    if operator == "maximum":
+        for data, scaled in (value.args, value.args[::-1]):
+            product = rw.call(scaled, "multiply")
+            for factor, other in (product.args, product.args[::-1]) if product is not None else ():
+                slope = rw.scalar(factor)
+                if slope is not None and 0 < slope < 1 and other.same_as(data):
+                    return relax.op.nn.leakyrelu(data, slope)
+    return None
 
 
 def _has_float_bounds(clip: relax.Call, dtype: str) -> bool:

@@ -11,7 +11,8 @@ from pumice.passes.layer_kernel import LayerWork, weight_in
 from pumice.passes.layers import Layer
 from pumice.passes.placement import expected_places
 from pumice.schedules.blocks import QUAD, Blocks, count_blocks, expand_groups
-from pumice.schedules.costs import break_even, costs_of, estimate
+from pumice.schedules.costs import break_even, costs_of, estimate, price_of_entry
+from pumice.schedules.gemv import has_few_positions
 from pumice.schedules.measurements import Measurements, format_time
 from pumice.schedules.places import Places
 from pumice.schedules.slices import Slices, slice_rows
@@ -41,10 +42,7 @@ def preview(layer: Layer, weight: np.ndarray, isa: Isa, threads: int = 1) -> Cho
     rows = (layer.to_rows(weight) != 0).astype(np.int8)
     groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
     rows = expand_groups(rows, groups)
-    places = expected_places(layer)
-    if places.target.positions == 1 and rows.shape[1] == 1:
-        return choose_slices(rows, isa)
-    return choose_blocks(rows, places, isa, threads)
+    return choose_form(rows, expected_places(layer), isa, threads)
 
 
 @dataclass(eq=False)
@@ -64,23 +62,37 @@ class Chooser:
         times = self.measured.of(work.workload) if self.measured else {}
         times = {candidate: time for candidate, time in times.items() if candidate[0] in self.forms}
         if any(form.is_dense for form, _ in times):  # without it nobody knows what sparse is worth
-            return _fastest_measured(rows, times, isa, self.where)
-        if work.has_one_position:
-            return choose_slices(rows, isa, self.forms)
-        return choose_blocks(rows, work.places, isa, work.threads, self.forms)
+            return _fastest_measured(work, times, isa, self.where)
+        return choose_form(rows, work.places, isa, work.threads, self.forms)
 
 
 def candidates(work: LayerWork, isa: Isa) -> list[Candidate]:
     """The kernels of a layer that are worth measuring: the best by the estimate, and the best dense ones."""
     rows = work.numbers.rows
+    slices: list[Candidate] = [(DENSE, None), (Form(1), None)]
     if work.has_one_position:
-        return [(DENSE, None), (Form(1), None)]
+        return slices
     extent = Extent.of(rows, work.places, isa)
     times = _estimates(rows, extent, isa, work.threads, wide=True)
     order = sorted(times, key=lambda candidate: times[candidate])
     good = [candidate for candidate in order if times[candidate] <= _WORTH_TRYING * times[order[0]]][:_MOST]
     dense = [candidate for candidate in order if candidate[0].is_dense][:_MOST_DENSE]
-    return list(dict.fromkeys(good + dense))
+    return [*(slices if work.has_few_positions else []), *dict.fromkeys(good + dense)]
+
+
+def choose_form(rows: np.ndarray, places: Places, isa: Isa, threads: int = 1, forms: Sequence[Form] = FORMS) -> Choice:
+    """The form of ``rows`` ``[N, taps, C]`` (int8 or float32) by the cost table: in slices, where few positions pay."""
+    if isa.is_gpu or not has_few_positions(places):
+        return choose_blocks(rows, places, isa, threads, forms)
+    positions = places.target.span
+    slices = choose_slices(rows, isa, forms, positions)
+    if positions == 1:
+        return slices
+    price = price_of_entry(slices.weight.is_dense, positions, costs_of(isa.name, str(rows.dtype)))
+    estimates = _estimates(rows, Extent.of(rows, places, isa), isa, threads)
+    if slices.weight.work * price < min(time for (form, _), time in estimates.items() if form in forms):
+        return slices
+    return choose_blocks(rows, places, isa, threads, forms)
 
 
 def choose_blocks(
@@ -93,7 +105,7 @@ def choose_blocks(
     dtype, depth, form = str(rows.dtype), _depth(rows), best[0]
     zeros = 1 - _left(rows, 1)
     limit = break_even(extent, isa, threads, costs_of(isa.name, dtype))
-    weight, kernel = weight_in(rows, best, isa), f"{form.describe(depth)} {dtype} {isa.name}"
+    weight, kernel = weight_in(rows, best, isa, places), f"{form.describe(depth)} {dtype} {isa.name}"
     if form.is_dense:
         return Choice(weight, kernel, _dense_reason(zeros, limit, depth), best[1])
     dense = min(time for candidate, time in times.items() if candidate[0].is_dense)
@@ -104,16 +116,16 @@ def choose_blocks(
     return Choice(weight, kernel, reason, best[1])
 
 
-def choose_slices(rows: np.ndarray, isa: Isa, forms: Sequence[Form] = FORMS) -> Choice:
-    """The form of ``rows`` ``[N, 1, C]`` for a layer with one position."""
+def choose_slices(rows: np.ndarray, isa: Isa, forms: Sequence[Form] = FORMS, positions: int = 1) -> Choice:
+    """The form of ``rows`` ``[N, 1, C]`` in slices, for a layer with few positions."""
     costs = costs_of(isa.name, str(rows.dtype))
     label, depth = f"{rows.dtype} {isa.name}", _depth(rows)
     zeros = 1 - _left(rows, 1)
-    limit = costs.gemv_dense / costs.gemv_sparse
-    dense = slice_rows(rows, isa, sparse=False)
+    limit = price_of_entry(True, positions, costs) / price_of_entry(False, positions, costs)
+    dense = slice_rows(rows, isa, False, positions)
     if Form(1) not in forms or (DENSE in forms and 1 - zeros >= limit):  # it would not pay even without padding
         return Choice(dense, f"gemv dense {label}", _dense_reason(zeros, 1 - limit, depth))
-    sparse = slice_rows(rows, isa, sparse=True)
+    sparse = slice_rows(rows, isa, True, positions)
     left = sparse.work / dense.work
     reason = f"{zeros:.0%} of its 1x{depth} blocks are zero: sparse pays below {limit:.0%} of the entries here, and "
     if DENSE not in forms or left < limit:
@@ -123,9 +135,9 @@ def choose_slices(rows: np.ndarray, isa: Isa, forms: Sequence[Form] = FORMS) -> 
     return Choice(dense, f"gemv dense {label}", reason)
 
 
-def _fastest_measured(rows: np.ndarray, times: Mapping[Candidate, float], isa: Isa, where: str) -> Choice:
+def _fastest_measured(work: LayerWork, times: Mapping[Candidate, float], isa: Isa, where: str) -> Choice:
     """The fastest of what was measured; the reason has the time of the best kernel of each form."""
-    depth = _depth(rows)
+    rows, depth = work.numbers.rows, work.depth
     by_form: dict[Form, float] = {}
     for (form, _), time in sorted(times.items(), key=lambda item: item[1]):
         by_form.setdefault(form, time)
@@ -133,7 +145,7 @@ def _fastest_measured(rows: np.ndarray, times: Mapping[Candidate, float], isa: I
     kind = f"{'gemv ' if tiling is None else ''}{form.describe(depth)}"
     found = ", ".join(f"{form.describe(depth)} {format_time(time)}" for form, time in by_form.items())
     reason = f"{1 - _left(rows, 1):.0%} of its 1x{depth} blocks are zero; measured {where}: {found}"
-    return Choice(weight_in(rows, best, isa), f"{kind} {rows.dtype} {isa.name}", reason, tiling)
+    return Choice(weight_in(rows, best, isa, work.places), f"{kind} {rows.dtype} {isa.name}", reason, tiling)
 
 
 def _estimates(

@@ -31,6 +31,6 @@ ELEMENTWISE = frozenset(
     {
         *_OWN,
         *("add", "subtract", "multiply", "divide", "power", "maximum", "minimum", "negative", "abs", "exp", "log"),
-        *("sqrt", "rsqrt", "square", "tanh", "sigmoid", "clip"),
+        *("sqrt", "rsqrt", "square", "tanh", "sigmoid", "clip", "nn.leakyrelu"),
     }
 )

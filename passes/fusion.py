@@ -48,6 +48,7 @@ class Fused:
     residual: relax.Var | None = None
     residual_quant: Quant | None = None  # of a residual that is read as bytes; None: as float32
     activation: str | None = None  # a name of schedules.functions.ACTIVATIONS
+    parameters: tuple[float, ...] = ()  # of the activation
     low: float = float("-inf")
     high: float = float("inf")
     quant: Quant | None = None
@@ -167,7 +168,8 @@ def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
         found = activation_after(graph, chain.result)
         if found is not None and taken.isdisjoint(found.members):
             members = (*chain.members, *found.members)
-            return replace(chain, result=members[-1], members=members, activation=found.name)
+            known = {"activation": found.name, "parameters": found.parameters}
+            return replace(chain, result=members[-1], members=members, **known)
     user = flow.only_user(chain.result)
     if user is None or user in taken:
         return None

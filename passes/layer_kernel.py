@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, sparse_blocks
-from pumice.schedules.convolution import Convolution, convolution, offsets
+from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, has_lowest_pairs, sparse_blocks
+from pumice.schedules.convolution import Convolution, convolution, offsets, row_order
+from pumice.schedules.cuda.kernel import cuda_layer
+from pumice.schedules.cuda.layer import CudaLayer, cuda_constants
+from pumice.schedules.cuda.tiling import tilings as cuda_tilings
 from pumice.schedules.epilogue import Epilogue
-from pumice.schedules.gemv import Gemv, gemv
+from pumice.schedules.gemv import Gemv, gemv, has_few_positions
 from pumice.schedules.measurements import Workload
 from pumice.schedules.places import Places
 from pumice.schedules.slices import Slices, slice_rows
@@ -59,9 +62,14 @@ class LayerWork:
         return 4 if self.numbers.dtype == "int8" else 1
 
     @property
+    def has_few_positions(self) -> bool:
+        """Whether its weight can be kept in slices."""
+        return has_few_positions(self.places)
+
+    @property
     def has_one_position(self) -> bool:
-        """Whether there is nothing to broadcast a weight against."""
-        return self.places.target.positions == 1 and self.places.source.positions == 1
+        """Whether there is nothing to broadcast a weight against, and it must be."""
+        return self.has_few_positions and self.places.target.span == 1
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -94,18 +102,21 @@ class LayerKernel:
     After the residual comes the mask of the output's plane, if that is padded.
     """
 
-    work: Convolution | Gemv
+    work: Convolution | Gemv | CudaLayer
     make: Callable[[Any, Isa, str], tirx.PrimFunc]
     constants: dict[str, np.ndarray]
 
 
-def weight_in(rows: np.ndarray, candidate: Candidate, isa: Isa) -> Blocks | Slices:
+def weight_in(rows: np.ndarray, candidate: Candidate, isa: Isa, places: Places) -> Blocks | Slices:
     """``rows`` ``[N, taps, C]`` in a form."""
     form, tiling = candidate
     if tiling is None:
-        return slice_rows(rows, isa, sparse=not form.is_dense)
-    blocks = dense_blocks(rows) if form.is_dense else sparse_blocks(rows, form.shared)
-    return blocks.tiled(tiling.words)
+        return slice_rows(rows, isa, not form.is_dense, places.target.span)
+    if form.is_dense:
+        return dense_blocks(rows).tiled(tiling.words)
+    blocks = sparse_blocks(rows, form.shared)
+    orders = isa.orders_rows and form.shared == 1  # lists of several rows are few, and to jump between these costs more
+    return (blocks.ordered(tiling.rows // QUAD) if orders else blocks).tiled(tiling.words)
 
 
 def layer_kernel(work: LayerWork, weight: Blocks | Slices, tiling: Tiling | None) -> LayerKernel:
@@ -113,17 +124,47 @@ def layer_kernel(work: LayerWork, weight: Blocks | Slices, tiling: Tiling | None
     numbers = work.numbers
     if isinstance(weight, Slices):
         rows = -(-len(numbers.rows) // QUAD) * QUAD
-        one = Gemv(numbers.dtype, weight.words, rows, weight.work, weight.is_dense, work.epilogue, work.threads)
+        few = Gemv(
+            dtype=numbers.dtype,
+            words=weight.words,
+            rows=rows,
+            count=weight.work,
+            is_dense=weight.is_dense,
+            epilogue=work.epilogue,
+            threads=work.threads,
+            positions=work.places.target.span,
+            has_lowest_pairs=has_lowest_pairs(weight.data),
+        )
         constants = {"blocks": weight.data} | (weight.lists.arrays if weight.lists else {})
-        return LayerKernel(one, gemv, constants | _per_channel(numbers, weight.per_row))
+        return LayerKernel(few, gemv, constants | _per_channel(numbers, weight.per_row))
     assert tiling is not None
     many = Convolution.of(weight, work.source_rows, work.places, tiling, work.epilogue, work.threads)
     constants = {"blocks": weight.data, "offsets": offsets(weight, work.places)}
     constants |= {} if weight.starts is None else {"starts": weight.starts}
+    constants |= {} if weight.order is None else {"order": row_order(weight.order)}
+    order = np.arange(weight.rows) if weight.order is None else weight.order
     missing = weight.rows - len(numbers.bias)
     return LayerKernel(
-        many, convolution, constants | _per_channel(numbers, lambda values: np.pad(values, (0, missing)))
+        many, convolution, constants | _per_channel(numbers, lambda values: np.pad(values, (0, missing))[order])
     )
+
+
+def gpu_kernel(work: LayerWork, weight: Blocks) -> LayerKernel:
+    """The kernel of a layer on a GPU, which cuts the ``weight``, of a single tile, as it needs it.
+
+    Raises UnsupportedError where no tile of the reduction is small enough for a GPU's shared memory.
+    """
+    found = [CudaLayer.of(weight.tiled(t.words), work.source_rows, work.places, t, work.epilogue)
+             for t in cuda_tilings(weight, work.places)]  # fmt: skip
+    layer = next((layer for layer in found if layer.fits), found[-1])
+    tiled = weight.tiled(layer.tiling.words)
+    missing = weight.rows - len(work.numbers.bias)
+    constants = cuda_constants(tiled, layer) | _per_channel(work.numbers, lambda values: np.pad(values, (0, missing)))
+    return LayerKernel(layer, _on_gpu, constants)
+
+
+def _on_gpu(work: CudaLayer, isa: Isa, name: str) -> tirx.PrimFunc:
+    return cuda_layer(work, name)
 
 
 def _per_channel(numbers: Numbers, arrange: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:

@@ -70,7 +70,8 @@ def _elementwise_packed(builder: Builder, var: relax.Var, call: relax.Call) -> b
     if first.geometry.is_padded and not _keeps_zero(builder, var, call):
         return False
     kinds = tuple("full" if number is None else number for number in (builder.graph.number(a) for a in call.args))
-    work = Pointwise(builder.graph.flow.op(var), first.rows, first.geometry.positions, kinds, builder.threads)
+    operator, kinds = builder.graph.flow.op(var), (*kinds, *_parameters(call))
+    work = Pointwise(operator, first.rows, first.geometry.positions, kinds, builder.threads)
     size = first.rows * first.geometry.positions
     flat = [builder.emit(relax.op.reshape(value.expr, (size,)), "flat") for value in known]
     result = builder.call(work, pointwise, flat, (size,), "float32")
@@ -99,9 +100,15 @@ def _elementwise_plain(builder: Builder, var: relax.Var, call: relax.Call) -> bo
         tensors.append(argument)
     size = math.prod(shape)
     length = length or _row_length(shape)
-    work = Pointwise(builder.graph.flow.op(var), size // length, length, tuple(kinds), builder.threads)
+    operands = (*kinds, *_parameters(call))
+    work = Pointwise(builder.graph.flow.op(var), size // length, length, operands, builder.threads)
     builder.call_on_rows(var, tensors, work, pointwise)
     return True
+
+
+def _parameters(call: relax.Call) -> tuple[float, ...]:
+    """The numbers that a function has besides its operands."""
+    return (float(call.attrs.alpha),) if str(call.op.name) == "relax.nn.leakyrelu" else ()
 
 
 def _row_length(shape: tuple[int, ...]) -> int:

@@ -7,13 +7,13 @@ from tvm import relax
 
 from pumice.passes.choose_kernel import Choice
 from pumice.passes.fusion import Fused, Quant
-from pumice.passes.layer_kernel import LayerWork, Numbers, layer_kernel
+from pumice.passes.layer_kernel import LayerWork, Numbers, gpu_kernel, layer_kernel
 from pumice.passes.layers import Layer
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.placement import is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
 from pumice.record import LayerRecord
-from pumice.schedules.blocks import expand_groups
+from pumice.schedules.blocks import Blocks, expand_groups
 from pumice.schedules.epilogue import Epilogue, Residual
 from pumice.schedules.geometry import Geometry, Window
 from pumice.schedules.places import Places
@@ -62,7 +62,10 @@ def _placing(builder: Builder, layer: Layer, source: Packed) -> tuple[Window, Ge
 
 def _emit(builder: Builder, work: LayerWork, choice: Choice, source: Packed, residual: Packed | None) -> relax.Var:
     """The call of the layer's kernel."""
-    kernel = layer_kernel(work, choice.weight, choice.tiling)
+    if builder.target.runs_on_gpu and isinstance(choice.weight, Blocks):
+        kernel = gpu_kernel(work, choice.weight)
+    else:
+        kernel = layer_kernel(work, choice.weight, choice.tiling)
     arguments = [source.expr]
     arguments += [builder.constant(f"{work.name}.{name}", array) for name, array in kernel.constants.items()]
     arguments += [residual.expr] if residual is not None else []
@@ -88,7 +91,8 @@ def _packed_as(builder: Builder, var: relax.Var, quant: Quant | None) -> Packed:
 def _epilogue(chain: Fused, residual: Packed | None, multiplier: np.ndarray | None) -> Epilogue:
     out = chain.quant
     if out is None:
-        return Epilogue("float32", Residual() if residual else None, 0, chain.low, chain.high, chain.activation)
+        spec = Residual() if residual else None
+        return Epilogue("float32", spec, 0, chain.low, chain.high, chain.activation, parameters=chain.parameters)
     spec, scale = None, 1.0
     if chain.activation is not None:
         scale = float(np.float32(1.0 / out.scale))
@@ -98,7 +102,7 @@ def _epilogue(chain: Fused, residual: Packed | None, multiplier: np.ndarray | No
     largest = 2.0**31 * (0.0 if multiplier is None else float(multiplier.max(initial=0)))
     fits = (largest + (255 * spec.multiplier if spec else 0.0)) * scale < 2**30
     low, high = out.store(chain.low), out.store(chain.high)
-    return Epilogue("uint8", spec, out.zero_point, low, high, chain.activation, scale, fits)
+    return Epilogue("uint8", spec, out.zero_point, low, high, chain.activation, scale, fits, chain.parameters)
 
 
 def _numbers(builder: Builder, chain: Fused, record: LayerRecord) -> Numbers | None:
@@ -129,13 +133,16 @@ def _numbers(builder: Builder, chain: Fused, record: LayerRecord) -> Numbers | N
         record.reason = record.reason or "its input is not quantized"
         floats = (rows * per_channel[:, None, None]).astype(np.float32)
         return Numbers(expand_groups(floats, groups), bias.astype(np.float32), None)
-    return _int8_numbers(chain, rows, per_channel, bias, groups, record)
+    return _int8_numbers(chain, rows, per_channel, bias, groups, builder.isa.sign, record)
 
 
 def _int8_numbers(
-    chain: Fused, rows: np.ndarray, scale: np.ndarray, bias: np.ndarray, groups: int, record: LayerRecord
+    chain: Fused, rows: np.ndarray, scale: np.ndarray, bias: np.ndarray, groups: int, sign: int, record: LayerRecord
 ) -> Numbers | None:
-    """``acc + bias_q`` where ``bias_q = round(bias / (sx * sw)) - zx * sum(w)``: the input's zero point folded in."""
+    """``acc + bias_q`` where ``bias_q = round(bias / (sx * sw)) - zx * sum(w)``: the input's zero point folded in.
+
+    Where ``sign`` is what packed bytes are turned by, they are less by it, and so is their zero point.
+    """
     assert chain.input_quant is not None
     quant = chain.input_quant
     product = quant.scale * scale
@@ -149,7 +156,8 @@ def _int8_numbers(
     output = 1.0 if chain.quant is None or chain.activation is not None else chain.quant.scale
     multiplier = (product / output).astype(np.float32)
     record.dtype = "int8"
-    return Numbers(expand_groups(rows, groups), folded.astype(np.int32), multiplier)
+    packed_bias = folded + sign * wide.sum(axis=(1, 2))
+    return Numbers(expand_groups(rows, groups), packed_bias.astype(np.int32), multiplier)
 
 
 def _new_record(layer: Layer) -> LayerRecord:

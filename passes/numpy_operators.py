@@ -219,6 +219,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "logical_and": _arithmetic(np.logical_and),
     "logical_or": _arithmetic(np.logical_or),
     "clip": _arithmetic(np.clip),
+    "nn.leakyrelu": lambda attrs, x: np.where(x < 0, x * float(attrs.alpha), x),
     "sum": _reduction(np.sum),
     "mean": _reduction(np.mean),
     "max": _reduction(np.max),

@@ -20,7 +20,7 @@ from pumice.passes.rewriting import shape_of
 from pumice.record import LayerRecord
 from pumice.schedules.geometry import Geometry, Window
 from pumice.schedules.layout import Packing, Planes, pack, planes, quantize_packed, unpack
-from pumice.targets.isa import Isa, isa
+from pumice.targets.isa import Isa
 from pumice.targets.target import Target
 
 Work = TypeVar("Work")
@@ -74,7 +74,7 @@ class Builder:
     @property
     def isa(self) -> Isa:
         """The instruction set of the target."""
-        return isa(self.target.isa)
+        return self.target.instructions
 
     def geometry(self, plane: Plane) -> Geometry:
         """Where maps of this size lie."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pumice.errors import UsageError
-from pumice.targets.library import move_into_place
+from pumice.files import move_into_place
 
 _SUSPICIOUS_BYTES = 1 << 30
 _SUSPICIOUS_RATIO = 200

@@ -14,11 +14,11 @@ from typing import Any
 
 from pumice.errors import PumiceError
 
-COMMANDS = ("inspect", "compile", "tune", "run", "bench", "demo")
+COMMANDS = ("inspect", "targets", "compile", "tune", "run", "verify", "bundle", "bench", "demo")
 
 _EXIT_CODES = """\
 exit codes: 0 fine, 1 unexpected error, 2 usage, 3 bad model or mask, 4 unsupported operator or target,
-5 a missing tool or package. PUMICE_DEBUG=1 shows where an error came from."""
+5 a missing tool or package, 6 numbers that differ (verify). PUMICE_DEBUG=1 shows where an error came from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

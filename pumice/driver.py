@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import IRModule
+from tvm.ir import GenericConst, IRModule
 
 from pumice.artifact import CompiledModel
 from pumice.errors import UsageError
@@ -35,13 +35,17 @@ from pumice.passes.pipeline import LowerOptions, lower
 from pumice.passes.prune import Prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
+from pumice.passes.rewriting import bindings_of, op_name
 from pumice.passes.simplify import SimplifyModel
 from pumice.passes.sparsity import RecordLayers
 from pumice.schedules.measurements import Machine, read_measurements
 from pumice.targets.isa import isa
-from pumice.targets.library import write_library
+from pumice.targets.library import build_code, write_library
+from pumice.targets.nvcc import find_nvcc
 from pumice.targets.target import Target
+from pumice.targets.toolchain import find_toolchain
 from pumice.threads import check_threads
+from pumice.verify import make_check
 
 # The targets whose choices ``inspect`` shows.
 PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3")
@@ -70,6 +74,8 @@ class CompileOptions:
     correct_bias: bool = True
     measure_errors: bool = True
     tuning_db: str | None = None  # the file's name, without its folder
+    libc: str | None = None
+    check: bool = True
 
 
 def compile_model(
@@ -88,6 +94,8 @@ def compile_model(
     measure_errors: bool = True,
     tuning_db: str | Path | None = None,
     threads: int | None = None,
+    libc: str | None = None,
+    check: bool = True,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model into a library: ``.save(path)`` writes it, calling it runs it.
@@ -101,7 +109,9 @@ def compile_model(
     mean error of the rounded weights out of the biases (see the passes of these names); both use the calibration
     data, as ``measure_errors`` does, which gives the report its SNR. ``tuning_db`` is a file of ``pumice tune``, whose
     times decide on the kernels of the layers that it has; ``threads`` is what the library runs on by default (None:
-    one for each core).
+    one for each core). ``libc`` is the box's C library: ``glibc-2.28`` (any version), ``musl``, or None, the one that
+    this system's compiler links against. ``check`` stores the first calibration sample (without any, seeded noise) in
+    the library, with a checksum of what every kernel makes of it, for ``pumice verify``.
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
@@ -118,22 +128,35 @@ def compile_model(
         correct_bias,
         measure_errors,
         Path(tuning_db).name if tuning_db else None,
+        libc,
+        check,
     )
     device = Target.parse(target)
+    find_toolchain(device, libc)  # asked before a long compilation, not after
+    if device.runs_on_gpu:
+        find_nvcc()
     chooser = _chooser(tuning_db, Machine.of(device, pool))
     stage = Stages(progress)
     with stage("read the model"):
         mod = read_model(model, inputs)
-    mod = prepare(mod, options, samples_of(calibration, mod), masks, stage)
+    samples = samples_of(calibration, mod)
+    mod = prepare(mod, options, samples, masks, stage)
     manifest = _describe(mod, device, options, model)
     with stage(f"lower for {device.name}"):
-        lowered = lower(mod, device, LowerOptions(pool, chooser))
+        lowering = LowerOptions(pool, chooser)
+        lowered = lower(mod, device, lowering)
         plan = link_steps(lowered)
     manifest["layers"] = [_finite(layer.to_json()) for layer in layers_of(lowered).values()]
     owner = TemporaryDirectory(prefix="pumice-")
     path = Path(owner.name, "model.so")
-    with stage("generate code and link"):
-        write_library(plan, device, manifest, path)
+    with stage("generate code"):
+        code = build_code(plan, device)
+    stored = None
+    if check:
+        with stage("take the checksums"):
+            stored = make_check(mod, device, lowering, plan, code, samples)
+    with stage("link"):
+        write_library(plan, device, manifest, path, libc, stored, code)
     return CompiledModel(path, threads, owner)
 
 
@@ -285,17 +308,27 @@ def _source(mod: IRModule, model: Any) -> dict[str, Any]:
 
 
 def _signature(mod: IRModule) -> dict[str, Any]:
-    """Inputs and outputs: names, shapes, data types."""
-    result = mod["main"].ret_ty
-    outputs = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    """Inputs and outputs: names, shapes, data types, and the scale that each is rounded to bytes by, where it is."""
+    body = mod["main"].body.body
+    outputs = list(body.fields) if isinstance(body, relax.Tuple) else [body]
+    scales: dict[relax.Expr, dict[str, Any]] = {}
+    for var, value in bindings_of(mod):
+        if op_name(value) in ("relax.quantize", "relax.dequantize"):
+            scale, zero_point = value.args[1:3]
+            if isinstance(scale, GenericConst) and not scale.ty.shape:
+                tensor = value.args[0] if op_name(value) == "relax.quantize" else var
+                numbers = {"scale": float(scale.value.numpy()), "zero_point": int(zero_point.value.numpy())}
+                scales.setdefault(tensor, numbers)
     return {
-        "inputs": [_tensor(str(var.name), var.ty) for var in inputs_of(mod)],
-        "outputs": [_tensor(name, ty) for name, ty in zip(output_names_of(mod), outputs, strict=True)],
+        "inputs": [_tensor(str(var.name), var, scales) for var in inputs_of(mod)],
+        "outputs": [_tensor(name, var, scales) for name, var in zip(output_names_of(mod), outputs, strict=True)],
     }
 
 
-def _tensor(name: str, ty: Any) -> dict[str, Any]:
-    return {"name": name, "shape": [int(size) for size in ty.shape], "dtype": str(ty.dtype)}
+def _tensor(name: str, tensor: relax.Expr, scales: Mapping[relax.Expr, dict[str, Any]]) -> dict[str, Any]:
+    ty = tensor.ty
+    shape = [int(size) for size in ty.shape]
+    return {"name": name, "shape": shape, "dtype": str(ty.dtype), **scales.get(tensor, {})}
 
 
 def _finite(entry: dict[str, Any]) -> dict[str, Any]:

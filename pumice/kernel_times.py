@@ -1,6 +1,6 @@
 """The times of several kernels that compute one layer, and the proof that they compute the same.
 
-They are compiled into one module as the steps of a plan, so they are called as a library calls them, and take turns.
+They are the steps of a plan in one library, on the threads that the network will run on, and take turns.
 Each has some copies of its weights and of its output and goes through these in order, because in a network the other
 layers come in between: a weight was read, a residual written and an output's place last used long ago. The input stays
 where it is, for there the layer before has just written it. And the copies of a sparse weight have their rows in other
@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from pumice.errors import PumiceError
+from pumice.loader import Model
 from pumice.passes.layer_kernel import LayerKernel, LayerWork, layer_kernel, weight_in
-from pumice.schedules.blocks import QUAD, sparse_blocks
+from pumice.schedules.blocks import QUAD
 from pumice.schedules.tiling import Candidate
-from pumice.targets.executor import Executor, build_executor
-from pumice.targets.isa import isa
+from pumice.targets.executor import link_model
+from pumice.targets.isa import Isa
 from pumice.targets.plan import FIRST_INPUT, WEIGHTS, WORKSPACE, Plan, Step, View, align, aligned
 from pumice.targets.target import Target
 
@@ -30,22 +31,27 @@ _LEAST_ROUNDS = 5
 _TOLERANCE = 1e-5  # of float sums in another order, times the square root of their length
 
 
-def measure(work: LayerWork, candidates: Sequence[Candidate], target: Target, seconds: float) -> dict[Candidate, float]:
-    """The median nanoseconds of each candidate, after about ``seconds`` of each; on this thread's pool.
+def measure(
+    work: LayerWork, candidates: Sequence[Candidate], target: Target, threads: int, seconds: float
+) -> dict[Candidate, float]:
+    """The median nanoseconds of each candidate on ``threads`` threads, after about ``seconds`` of each.
 
     Raises PumiceError, with the name of the candidate, where results differ from those of the first.
     """
     kernels = [
-        layer_kernel(work, weight_in(work.numbers.rows, candidate, isa(target.isa)), candidate[1])
+        layer_kernel(work, weight_in(work.numbers.rows, candidate, target.instructions, work.places), candidate[1])
         for candidate in candidates
     ]
     copies = [_copies(kernel, work) for kernel in kernels]
-    weights = [_shuffled(work, *each) for each in zip(candidates, kernels, copies, strict=True)]
-    executor = build_executor(_plan(work, kernels, weights, target), target)
+    weights = [
+        _shuffled(work, *each, target.instructions) for each in zip(candidates, kernels, copies, strict=True)
+    ]
     last = np.cumsum(copies)
     spans = list(zip((last - copies).tolist(), last.tolist(), strict=True))
-    _check(work, candidates, executor, [first for first, _ in spans])
-    return dict(zip(candidates, _take_turns(executor, spans, seconds), strict=True))
+    with link_model(_plan(work, kernels, weights, target), target, threads) as model:
+        arrays = _Arrays(model)
+        _check(work, candidates, arrays, [first for first, _ in spans])
+        return dict(zip(candidates, _take_turns(arrays.run, spans, seconds), strict=True))
 
 
 def _copies(kernel: LayerKernel, work: LayerWork) -> int:
@@ -53,16 +59,18 @@ def _copies(kernel: LayerKernel, work: LayerWork) -> int:
     return max(1, min(_MOST_COPIES, -(-_BYTES // size)))
 
 
-def _shuffled(work: LayerWork, candidate: Candidate, kernel: LayerKernel, count: int) -> list[dict[str, np.ndarray]]:
-    """The constants of each copy: the layer's own, then those of its quads of rows in other orders."""
+def _shuffled(
+    work: LayerWork, candidate: Candidate, kernel: LayerKernel, count: int, isa: Isa
+) -> list[dict[str, np.ndarray]]:
+    """The constants of each copy: the layer's own, then those of its rows in other orders."""
     form, tiling = candidate
     rows = work.numbers.rows
     if tiling is None or form.is_dense or len(rows) % QUAD:
         return [kernel.constants] * count
-    whole, draw = sparse_blocks(rows, form.shared), np.random.default_rng(0)
-    orders = [draw.permutation(len(rows) // QUAD) for _ in range(count - 1)]
-    others = [layer_kernel(work, whole.with_quads(order).tiled(tiling.words), tiling).constants for order in orders]
-    return [kernel.constants, *others]
+    lists, draw = rows.reshape(-1, form.shared, *rows.shape[1:]), np.random.default_rng(0)
+    others = [draw.permutation(lists).reshape(rows.shape) for _ in range(count - 1)]
+    weights = [weight_in(other, candidate, isa, work.places) for other in others]
+    return [kernel.constants, *(layer_kernel(work, weight, tiling).constants for weight in weights)]
 
 
 def _output_bytes(work: LayerWork) -> int:
@@ -85,7 +93,7 @@ def _plan(
     functions, steps = {}, []
     for number, (kernel, copies) in enumerate(zip(kernels, weights, strict=True)):
         name = f"candidate_{number}"
-        functions[name] = kernel.make(kernel.work, isa(target.isa), name)
+        functions[name] = kernel.make(kernel.work, target.instructions, name)
         for i, constants in enumerate(copies):
             arguments = [View(FIRST_INPUT), *(memory.add(array) for array in constants.values())]
             if work.epilogue.residual:  # of the later copies, the output that was written the longest ago
@@ -117,20 +125,35 @@ class _Memory:
         return memory
 
 
-def _check(work: LayerWork, candidates: Sequence[Candidate], executor: Executor, steps: Sequence[int]) -> None:
-    """Integers must be the same, floats nearly so."""
+class _Arrays:
+    """A model with the arrays that it reads and writes."""
+
+    def __init__(self, model: Model) -> None:
+        self.inputs = [aligned(spec.shape, spec.dtype) for spec in model.inputs]
+        self.outputs = [aligned(spec.shape, spec.dtype) for spec in model.outputs]
+        self._model = model
+
+    def run(self, first: int, last: int) -> None:
+        """Run the steps from ``first`` up to but without ``last``."""
+        self._model.run(self.inputs, self.outputs, first, last)
+
+
+def _check(work: LayerWork, candidates: Sequence[Candidate], arrays: _Arrays, steps: Sequence[int]) -> None:
+    """Integers must be the same, floats nearly so; what lies beyond the pixels, each kernel may write as it likes."""
+    pixels = work.places.target.pixel_positions.ravel()
     draw = np.random.default_rng(0)
-    for buffer in executor.inputs:
+    for buffer in arrays.inputs:
         is_bytes = buffer.dtype == np.uint8
         buffer[...] = draw.integers(0, 256, buffer.shape) if is_bytes else draw.standard_normal(buffer.shape)
     expected = None
     for candidate, step in zip(candidates, steps, strict=True):
-        (output,) = executor.outputs
+        (output,) = arrays.outputs
         output.fill(0)
-        executor.run(step, step + 1)
+        arrays.run(step, step + 1)
+        found = output[:, pixels]
         if expected is None:
-            expected = output.copy()
-        elif not _agree(output, expected, work):
+            expected = found
+        elif not _agree(found, expected, work):
             names = [
                 f"{form.describe(work.depth)} {tiling or ''}".rstrip() for form, tiling in (candidate, candidates[0])
             ]
@@ -148,14 +171,28 @@ def _agree(output: np.ndarray, expected: np.ndarray, work: LayerWork) -> bool:
     return bool(np.allclose(output, expected, rtol=0, atol=max(limit, 1e-30)))
 
 
-def _take_turns(executor: Executor, spans: Sequence[tuple[int, int]], seconds: float) -> list[float]:
-    """The median nanoseconds of one step of each span; a pass that is not counted goes before every pass that is."""
+def _take_turns(run: Callable[[int, int], None], spans: Sequence[tuple[int, int]], seconds: float) -> list[float]:
+    """The median nanoseconds of one step of each span, without what a call of no step takes.
+
+    A pass that is not counted goes before every pass that is.
+    """
     spent: list[list[float]] = [[] for _ in spans]
+    empty = []
     stop = time.perf_counter() + seconds * len(spans)
     while time.perf_counter() < stop or len(spent[0]) < _LEAST_ROUNDS:
         for (first, last), times in zip(spans, spent, strict=True):
-            executor.run(first, last)
-            start = time.perf_counter_ns()
-            executor.run(first, last)
-            times.append((time.perf_counter_ns() - start) / (last - first))
-    return [float(np.median(times)) for times in spent]
+            run(first, last)
+            times.append(_time(run, first, last))
+            empty.append(_time(run, first, first))
+    call = float(np.median(empty))
+    return [
+        max(float(np.median(times)) - call, 1.0) / (last - first)
+        for (first, last), times in zip(spans, spent, strict=True)
+    ]
+
+
+def _time(run: Callable[[int, int], None], first: int, last: int) -> int:
+    """Nanoseconds of one call."""
+    start = time.perf_counter_ns()
+    run(first, last)
+    return time.perf_counter_ns() - start

@@ -12,7 +12,6 @@ import numpy as np
 
 from pumice.record import LayerRecord
 from pumice.report_table import clean, format_table
-from pumice.targets.executor import Executor
 
 _MIN_ROUNDS = 5
 
@@ -74,13 +73,13 @@ class Profile:
 
 
 def profile_steps(
-    executor: Executor,
+    run: Callable[..., Any],
     call: Callable[[], Any],
     steps: Sequence[dict[str, Any]],
     layers: Sequence[LayerRecord],
     seconds: float,
 ) -> Profile:
-    """Time ``executor``'s steps for about ``seconds``; at least five rounds.
+    """Time the steps that ``run(first, last)`` runs for about ``seconds``; at least five rounds.
 
     A round runs ``call``, the whole inference, and then each step alone but in order, so that each finds what the
     steps before it left, in memory and in the caches. ``steps`` and ``layers`` are the manifest's.
@@ -93,9 +92,9 @@ def profile_steps(
     try:
         while time.perf_counter() < stop or len(single) < _MIN_ROUNDS:
             calls.append(_time(call))
-            whole.append(_time(executor.run))
-            empty.append(_time_steps(executor, 0, 0))
-            single.append([_time_steps(executor, k, k + 1) for k in range(len(steps))])
+            whole.append(_time(run))
+            empty.append(_time_steps(run, 0, 0))
+            single.append([_time_steps(run, k, k + 1) for k in range(len(steps))])
     finally:
         if collecting:
             gc.enable()
@@ -115,10 +114,10 @@ def _time(run: Callable[..., Any], *arguments: int) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-def _time_steps(executor: Executor, first: int, last: int) -> float:
+def _time_steps(run: Callable[..., Any], first: int, last: int) -> float:
     """Microseconds of some steps, with the call; the one before it brings Python's own code back into the caches."""
-    executor.run(first, first)
-    return _time(executor.run, first, last)
+    run(first, first)
+    return _time(run, first, last)
 
 
 def _step_time(step: dict[str, Any], median: float, total: float, layers: Sequence[LayerRecord]) -> StepTime:

@@ -20,14 +20,30 @@ def format_report(manifest: dict[str, Any], width: int) -> str:
     lines = [clean(manifest["source"]["file"])]
     if target := manifest.get("target"):
         lines[0] += f" for {target['name']} ({target['isa']}, {target['architecture']})"
+        lines.append(f"  needs  {', '.join(target['features']) or 'any CPU of this architecture'}")
     for kind in ("inputs", "outputs"):
         for entry in manifest[kind]:
             shape = "x".join(map(str, entry["shape"])) or "scalar"
-            lines.append(f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}")
+            scale = (
+                f" (in int8: scale {entry['scale']:.4g}, zero point {entry['zero_point']})" if "scale" in entry else ""
+            )
+            lines.append(f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}{scale}")
     if "workspace" in manifest:
         sizes = {kind: format_bytes(manifest[kind]) for kind in ("weights", "workspace")}
         lines.append(f"  memory {sizes['weights']} of weights, {sizes['workspace']} of workspace")
+    if digest := manifest["source"]["sha256"]:
+        lines.append(f"  source SHA-256 {digest}")
     return "\n".join([*lines, "", format_layers(layers, width), *_format_targets(manifest.get("targets", []))])
+
+
+def format_variants(variants: Sequence[dict[str, Any]]) -> str:
+    """The table of what a bundle holds, the first choice first."""
+    rows = [("variant", "target", "kernels", "architecture", "bytes", "SHA-256")]
+    for entry in variants:
+        target = entry["target"]
+        kinds = [clean(str(target[key])) for key in ("name", "isa", "architecture")]
+        rows.append((clean(entry["name"]), *kinds, format_bytes(entry["bytes"]), entry["sha256"][:16]))
+    return "\n".join(format_table(rows, 120, {"variant", "target", "kernels", "architecture", "SHA-256"}))
 
 
 def _format_targets(previews: Sequence[dict[str, Any]]) -> list[str]:

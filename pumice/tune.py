@@ -23,7 +23,7 @@ from pumice.schedules.measurements import Journal, Machine, Measurement, open_jo
 from pumice.schedules.tiling import Candidate
 from pumice.targets.isa import Isa, isa
 from pumice.targets.target import Target
-from pumice.threads import check_threads, use_threads
+from pumice.threads import check_threads
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,6 @@ def tune_model(
     layer differ in their results.
     """
     pool = check_threads(threads)
-    use_threads(pool)  # before anything makes a pool of its own, which would not grow
     target = Target.parse("native")
     patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
     options = CompileOptions(
@@ -97,7 +96,7 @@ def tune_model(
         arrays = _random_inputs(mod) if calibration is None else samples_of(calibration, mod)
         mod = prepare(mod, options, arrays, masks, stage)
         results = []
-        for tuned in _tune(_groups(mod, target, pool), journal, target, seconds):
+        for tuned in _tune(_groups(mod, target, pool), journal, target, pool, seconds):
             tell(tuned)
             results.append(tuned)
         return results
@@ -114,7 +113,9 @@ def _random_inputs(mod: IRModule) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _tune(groups: Sequence[list[LayerWork]], journal: Journal, target: Target, seconds: float) -> Iterator[Tuned]:
+def _tune(
+    groups: Sequence[list[LayerWork]], journal: Journal, target: Target, threads: int, seconds: float
+) -> Iterator[Tuned]:
     """Each group's times: what the journal has, if it has all candidates, else measured and written to it."""
     plans = [candidates(group[0], isa(target.isa)) for group in groups]
     known = [journal.measurements.of(group[0].workload) for group in groups]
@@ -123,7 +124,7 @@ def _tune(groups: Sequence[list[LayerWork]], journal: Journal, target: Target, s
     start, done = time.perf_counter(), 0
     for number, (group, plan, times, new) in enumerate(zip(groups, plans, known, is_new, strict=True), 1):
         if new:
-            times = measure(group[0], plan, target, seconds)
+            times = measure(group[0], plan, target, threads, seconds)
             journal.add([Measurement(group[0].workload, *item) for item in times.items()])
             done, left = done + len(plan), left - len(plan)
         pace = (time.perf_counter() - start) / max(done, 1)

@@ -99,7 +99,7 @@ class _Emitter:
     """Emits one kernel; its fields are the kernel's arguments and the sizes of a tile."""
 
     def __init__(self, work: Attention, isa: Isa) -> None:
-        self.work = work
+        self.work, self.isa = work, isa
         # Short sequences get shorter vectors, so that no lane is outside of its sequence.
         self.lanes = min(isa.lanes, 1 << (work.q.length.bit_length() - 1))
         self.vectors = -(-work.q.length // self.lanes)
@@ -171,7 +171,7 @@ class _Tile:
         work, keys = self.work, self.kernel.keys
         self.query = self._buffer(work.head_size)
         self.scores = self._buffer(min(keys, work.k.length))
-        self.largest, self.total = self._buffer(1, "local"), self._buffer(1, "local")
+        self.largest, self.total = self._buffer(1), self._buffer(1)
         self._copy_queries()
         for v in range(self.vectors):
             self._set(self.largest, v, emit.splat(float("-inf"), self.lanes, "float32"))
@@ -180,7 +180,7 @@ class _Tile:
         if whole + (rest > 0) == 1:
             self._block(tirx.const(0, "int32"), work.k.length, True, True)
             return
-        self.output, self.shrink = self._buffer(work.value_size), self._buffer(1, "local")
+        self.output, self.shrink = self._buffer(work.value_size), self._buffer(1)
         self._block(tirx.const(0, "int32"), keys, True, False)
         if whole - (rest == 0) > 1:
             with emit.loop(whole - (rest == 0) - 1) as i:
@@ -206,7 +206,7 @@ class _Tile:
     def _scores(self, key: Expr, keys: int, is_first: bool) -> None:
         """``scores[j, i]``, and the largest of each query so far; ``shrink`` is what that does to earlier sums."""
         if not is_first:
-            before = self._buffer(1, "local")
+            before = self._buffer(1)
             for v in range(self.vectors):
                 self._set(before, v, self._get(self.largest, v))
 
@@ -279,7 +279,7 @@ class _Tile:
                 emit.store(self.kernel.y, (row + r) * work.q.positions + column, value, lanes)
         else:
             integers = [emit.round_to_int(value, 0, 255, work.requantize.zero_point, lanes) for value in values]
-            word = emit.pack_bytes(integers, lanes)
+            word = emit.turn(emit.pack_bytes(integers, lanes), self.kernel.isa, lanes)
             emit.store(self.kernel.y, row // QUAD * work.q.positions + column, word, lanes)
 
     def _product(
@@ -326,8 +326,8 @@ class _Tile:
         """Where this tile's sequence begins in the row of ``channel``."""
         return (heads.first + self.head * heads.stride + channel) * heads.positions + self.batch * heads.length
 
-    def _buffer(self, rows: int, scope: str = "global") -> Buffer:
-        return T.alloc_buffer((rows * self.width,), "float32", scope=scope)
+    def _buffer(self, rows: int) -> Buffer:
+        return T.alloc_buffer((rows * self.width,), "float32", scope="global")
 
     def _get(self, buffer: Buffer, v: int, row: Expr | int = 0) -> Expr:
         return emit.load(buffer, row * self.width + v * self.lanes, self.lanes)

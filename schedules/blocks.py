@@ -27,6 +27,7 @@ class Blocks:
     columns: int32 ``[count]`` (``[taps * words]`` if dense): which word of the reduction a block multiplies,
         counted as ``tap * words + word``
     starts: int32 ``[tiles * lists + 1]``, where each list of each tile starts; None if dense
+    order: int32 ``[rows]``, the output row that each row of the lists computes; None where they are in order
     """
 
     data: np.ndarray
@@ -37,6 +38,7 @@ class Blocks:
     taps: int
     words: int  # words along the input channels
     tile_words: int
+    order: np.ndarray | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -59,11 +61,26 @@ class Blocks:
         starts = 0 if self.starts is None else self.starts.nbytes
         return self.data.nbytes + self.columns.nbytes + starts
 
-    def with_quads(self, order: np.ndarray) -> Blocks:
-        """Sparse blocks of a single tile with the quads of rows in another order."""
-        assert self.starts is not None and self.tiles == 1
+    def ordered(self, quads: int) -> Blocks:
+        """Sparse blocks of a single tile with lists of equal length one after the other.
+
+        A CPU foresees the end of a loop that takes as many steps as the one before it. What is free is the order of
+        the quads, in groups of ``quads`` that threads share out and that must take equally long, and the order of
+        the lists within a quad.
+        """
+        assert self.starts is not None and self.tiles == 1 and self.order is None
         each = QUAD // self.shared
-        lists = (np.asarray(order)[:, None] * each + np.arange(each)).ravel()
+        counts = np.diff(self.starts).reshape(-1, each)
+        within = np.argsort(counts, axis=1, kind="stable")
+        by_length = np.lexsort(np.take_along_axis(counts, within, axis=1).T[::-1])
+        groups = -(-len(counts) // quads)
+        dealt = np.concatenate([by_length[group::groups] for group in range(groups)])
+        lists = (dealt[:, None] * each + within[dealt]).ravel()
+        order = (lists[:, None] * self.shared + np.arange(self.shared)).ravel()
+        return replace(self._with_lists(lists), order=order.astype(np.int32))
+
+    def _with_lists(self, lists: np.ndarray) -> Blocks:
+        assert self.starts is not None
         counts = np.diff(self.starts)[lists]
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         source = np.arange(starts[-1]) + np.repeat(self.starts[lists] - starts[:-1], counts)
@@ -128,6 +145,11 @@ def _words(rows: np.ndarray) -> np.ndarray:
 def _columns(words: int, taps: int) -> np.ndarray:
     """``tap * words + word`` of every column, word after word: a word's taps read the same lines of the input."""
     return np.asarray(np.arange(taps) * words + np.arange(words)[:, None], np.int32).ravel()
+
+
+def has_lowest_pairs(data: np.ndarray) -> bool:
+    """Whether two of -128 are neighbours in half a word: the one product that does not fit int16 with its neighbour."""
+    return data.dtype == np.int8 and bool((data.reshape(-1, 2) == -128).all(axis=1).any())
 
 
 def expand_groups(rows: np.ndarray, groups: int) -> np.ndarray:

@@ -17,9 +17,17 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
-from pumice.schedules.blocks import QUAD, Blocks
+from pumice.schedules.blocks import QUAD, Blocks, has_lowest_pairs
 from pumice.schedules.emit import Buffer, Expr
-from pumice.schedules.epilogue import Epilogue, finish, pack_pair, pack_words, residual_of_word, round_unsaturated
+from pumice.schedules.epilogue import (
+    Epilogue,
+    finish,
+    pack_pair,
+    pack_words,
+    place_bytes,
+    residual_of_word,
+    round_unsaturated,
+)
 from pumice.schedules.geometry import Geometry
 from pumice.schedules.places import Places
 from pumice.schedules.tiling import Tiling
@@ -31,8 +39,8 @@ class Convolution:
     """One layer's workload. The input plane and the output have the same pitch.
 
     Arguments of the kernel, in order: x ``[source_rows, P, depth]``; weight ``[blocks, shared, depth]``; offsets
-    int32 ``[columns]``; starts int32 (sparse only); bias ``[N]`` int32 or float32; multiplier float32 ``[N]`` (int8
-    only); residual, like the output (if any); mask int32 ``[P]`` (packed output with padding); output
+    int32 ``[columns]``; starts int32 (sparse only); order int32 ``[N + 8]`` (if ordered); bias ``[N]`` int32 or
+    float32, multiplier float32 ``[N]`` (int8 only), both in this order; residual, like the output (if any); mask int32 ``[P]`` (packed output with padding); output
     ``[N/4, P, 4]`` uint8 or ``[N, P, 1]`` float32.
     """
 
@@ -50,6 +58,8 @@ class Convolution:
     tiling: Tiling
     epilogue: Epilogue
     threads: int = 1
+    has_lowest_pairs: bool = False  # of weights
+    is_ordered: bool = False  # whether rows are computed in an order of their own
 
     @classmethod
     def of(
@@ -71,6 +81,8 @@ class Convolution:
             tiling=tiling,
             epilogue=epilogue,
             threads=threads,
+            has_lowest_pairs=has_lowest_pairs(blocks.data),
+            is_ordered=blocks.order is not None,
         )
 
     @property
@@ -94,6 +106,11 @@ def offsets(blocks: Blocks, places: Places) -> np.ndarray:
     return np.asarray(word * row + places.shifts[tap], np.int32)
 
 
+def row_order(order: np.ndarray) -> np.ndarray:
+    """The order of rows as the kernel takes it: it looks a little ahead."""
+    return np.pad(order, (0, QUAD * _QUADS_AHEAD))
+
+
 def convolution(work: Convolution, isa: Isa, name: str = "convolution") -> tirx.PrimFunc:
     """The PrimFunc of ``work``."""
     return emit.kernel(name, lambda: _Emitter(work, isa).emit())
@@ -103,7 +120,7 @@ class _Emitter:
     """Emits one kernel; its fields are the kernel's arguments."""
 
     def __init__(self, work: Convolution, isa: Isa) -> None:
-        self.work, self.isa, self.lanes = work, isa, isa.lanes
+        self.work, self.isa, self.lanes = work, isa.for_weights(work.has_lowest_pairs), isa.lanes
         self.acc_dtype = "int32" if work.dtype == "int8" else "float32"
         self.packed = work.epilogue.output == "uint8"
         self.vectors = -(-work.target.span // self.lanes)
@@ -137,6 +154,8 @@ class _Emitter:
         self.offset = emit.argument("offset", (work.columns,), "int32")
         if not work.is_dense:
             self.start = emit.argument("start", (work.tiles * (work.rows // work.shared) + 1,), "int32")
+        if work.is_ordered:
+            self.order = emit.argument("order", (work.rows + QUAD * _QUADS_AHEAD,), "int32")
         self.bias = emit.argument("bias", (work.rows,), self.acc_dtype)
         if is_int8:
             self.multiplier = emit.argument("multiplier", (work.rows,), "float32")
@@ -191,7 +210,8 @@ class _Emitter:
         places = [(r, v) for r in range(shared) for v in range(quad.vectors)]
         done = _Done(self, quad) if isinstance(tile, int) else None
         if done is not None and self.packed and self.residual is not None:
-            soon = (quad.index + _QUADS_AHEAD) * self.work.target.positions + quad.position
+            ahead = self.output_row((quad.index + _QUADS_AHEAD) * QUAD) // QUAD
+            soon = ahead * self.work.target.positions + quad.position
             for v in range(quad.vectors):
                 emit.prefetch(self.residual, soon + v * lanes)
         acc = dict(zip(places, emit.registers(len(places), lanes, self.acc_dtype), strict=True))
@@ -220,7 +240,7 @@ class _Emitter:
             emit.prefetch(self.offset, begin + _AHEAD)
         with T.serial(begin, end) as j:
             source = self.offset[j] + quad.position
-            operands = [emit.splat(self.weight[(weights + j) * work.shared + r], lanes) for r in range(work.shared)]
+            operands = self._operands((weights + j) * work.shared)
             if work.is_dense:
                 emit.prefetch(self.weight, (weights + j) * work.shared + _AHEAD)
             for v in range(quad.vectors):
@@ -229,6 +249,17 @@ class _Emitter:
                     old = emit.load(acc[r, v], 0, lanes)
                     product = self.isa.dot4(old, x, w) if work.dtype == "int8" else x * w + old
                     emit.store(acc[r, v], 0, product, lanes)
+
+    def _operands(self, first: Expr) -> list[Expr]:
+        """The word of each row that shares a block, in all lanes."""
+        shared, lanes, isa = self.work.shared, self.lanes, self.isa
+        if shared > 1 and isa.by_lane:
+            words = emit.load(self.weight, first, shared)
+            return [tirx.Shuffle([words] * (lanes // shared), [row] * lanes) for row in range(shared)]
+        operands = [emit.splat(self.weight[first + row], lanes) for row in range(shared)]
+        if isa.hide is None or self.work.dtype != "int8":
+            return operands
+        return [isa.hide(lanes, operand) for operand in operands]
 
     def _list(self, quad: _Quad, row0: int, tile: Expr | int) -> tuple[Expr, Expr, Expr]:
         """The columns of a list, begin and end, and how far its weights lie from these."""
@@ -241,6 +272,10 @@ class _Emitter:
         count = work.columns - begin if isinstance(tile, int) else work.tile_columns
         return begin, begin + count, begin * (self.quads - 1) + quad.index * count
 
+    def output_row(self, row: Expr) -> Expr:
+        """The output row that row ``row`` of the lists computes."""
+        return self.order[row] if self.work.is_ordered else row
+
     def masked(self, value: Expr, position: Expr, padding: float, dtype: str) -> Expr:
         """``value`` where a pixel lies, ``padding`` elsewhere."""
         if not self.work.masks_padding:
@@ -251,8 +286,8 @@ class _Emitter:
     def _fill_edges(self, quad: Expr, tile: Expr) -> None:
         """Padding before the first and after the last tile, written by these two."""
         work, lanes = self.work, self.lanes
-        padding, dtype = (emit.splat_word(work.epilogue.zero_point), "int32") if self.packed else (0.0, "float32")
-        filler = emit.splat(padding, lanes, dtype)
+        padding = emit.packed_word(work.epilogue.zero_point, self.isa) if self.packed else 0.0
+        filler = emit.splat(padding, lanes, "int32" if self.packed else "float32")
         end = work.target.base + self.vectors * lanes
         for rows in range(1 if self.packed else QUAD):
             row = quad * work.target.positions if self.packed else (quad * QUAD + rows) * work.target.positions
@@ -287,33 +322,36 @@ class _Done:
 
     def __init__(self, emitter: _Emitter, quad: _Quad) -> None:
         self.emitter, self.quad, self.lanes = emitter, quad, emitter.lanes
+        self.rows = [emitter.output_row(quad.index * QUAD + row) for row in range(QUAD)]
         if emitter.packed:
+            self.bytes = [tirx.bitwise_and(row, tirx.const(QUAD - 1, "int32")) for row in self.rows]
             self.single = emit.registers(quad.vectors, emitter.lanes, "int32")
             self.pair = emit.registers(quad.vectors, emitter.lanes, "int32")
 
     def take(self, row: int, v: int, acc: Expr) -> None:
         """The accumulator of ``row`` (0..3) at vector ``v``."""
-        epilogue, lanes = self.emitter.work.epilogue, self.lanes
+        epilogue, isa, lanes = self.emitter.work.epilogue, self.emitter.isa, self.lanes
         if not self.emitter.packed:
             self._store_floats(row, v, acc)
             return
-        rounded = round_unsaturated(acc, self._scale(row), self._residual(row, v), epilogue, lanes)
+        rounded = round_unsaturated(acc, self._scale(row), self._residual(row, v), epilogue, isa)
         if row % 2 == 0:
             emit.store(self.single[v], 0, rounded, lanes)
             return
-        pair = pack_pair(emit.load(self.single[v], 0, lanes), rounded, epilogue, lanes)
+        pair = pack_pair(emit.load(self.single[v], 0, lanes), rounded, epilogue, isa)
         if row == 1:
             emit.store(self.pair[v], 0, pair, lanes)
             return
-        word = pack_words(emit.load(self.pair[v], 0, lanes), pair, epilogue, lanes)
-        word = self.emitter.masked(word, self._position(v), emit.splat_word(epilogue.zero_point), "int32")
-        emit.store(self.emitter.y, self.quad.index * self._positions + self._position(v), word, lanes)
+        word = pack_words(emit.load(self.pair[v], 0, lanes), pair, epilogue, isa)
+        if self.emitter.work.is_ordered:
+            word = place_bytes(word, self.bytes, isa)
+        word = self.emitter.masked(word, self._position(v), emit.packed_word(epilogue.zero_point, isa), "int32")
+        emit.store(self.emitter.y, self._packed_place(v), word, lanes)
 
     def _store_floats(self, row: int, v: int, acc: Expr) -> None:
         value = finish(acc, self._scale(row), self._residual(row, v), self.emitter.work.epilogue, self.lanes)
         value = self.emitter.masked(value, self._position(v), 0.0, "float32")
-        to = (self.quad.index * QUAD + row) * self._positions + self._position(v)
-        emit.store(self.emitter.y, to, value, self.lanes)
+        emit.store(self.emitter.y, self.rows[row] * self._positions + self._position(v), value, self.lanes)
 
     def _scale(self, row: int) -> Expr | None:
         if self.emitter.work.dtype != "int8":
@@ -325,9 +363,14 @@ class _Done:
         if other is None:
             return None
         if not self.emitter.packed:
-            return emit.load(other, (self.quad.index * QUAD + row) * self._positions + self._position(v), self.lanes)
-        word = emit.load(other, self.quad.index * self._positions + self._position(v), self.lanes)
-        return residual_of_word(word, row, epilogue, self.emitter.isa)
+            return emit.load(other, self.rows[row] * self._positions + self._position(v), self.lanes)
+        word = emit.load(other, self._packed_place(v), self.lanes)
+        byte = self.bytes[row] if self.emitter.work.is_ordered else row
+        return residual_of_word(word, byte, epilogue, self.emitter.isa)
+
+    def _packed_place(self, v: int) -> Expr:
+        quad = self.rows[0] // QUAD if self.emitter.work.is_ordered else self.quad.index
+        return quad * self._positions + self._position(v)
 
     @property
     def _positions(self) -> int:

@@ -23,7 +23,7 @@ class Costs:
     operand: a word of weights or an offset, for a tile of positions
     step: a list in one tile of positions: its loop ends where no CPU can foresee
     output: the epilogue of a vector; waiting: an accumulator that is put aside and taken up again
-    gemv_dense, gemv_sparse: an entry of the kernel for one position
+    gemv_dense, gemv_sparse: an entry of the kernel for few positions, when there is one
     """
 
     product: float
@@ -61,6 +61,17 @@ def estimate(extent: Extent, form: Form, entries: int, tiling: Tiling, costs: Co
     return sum(prices[name] * count for name, count in features(extent, form, entries, tiling).items())
 
 
+def price_of_entry(is_dense: bool, positions: int, costs: Costs) -> float:
+    """Nanoseconds for an entry of the kernel for few positions (``schedules/gemv.py``).
+
+    Its weights are loaded once. Each position but the first takes a product and an operand in all lanes, or, sparse,
+    one that is picked for each lane from what is loaded anew.
+    """
+    first = costs.gemv_dense if is_dense else costs.gemv_sparse
+    more = costs.product + costs.operand + (0.0 if is_dense else costs.load + costs.unaligned)
+    return first + (positions - 1) * min(first, more)
+
+
 def fastest(extent: Extent, form: Form, entries: int, isa: Isa, threads: int, costs: Costs) -> tuple[float, Tiling]:
     """The best of the form's tilings by the estimate, and its nanoseconds."""
     found = [(estimate(extent, form, entries, t, costs), t) for t in tilings(extent, form, isa, threads)]
@@ -92,7 +103,7 @@ def costs_of(isa: str, dtype: str) -> Costs:
 
 
 _TABLE = {
-    ("vnni512", "int8"): Costs(0.0742, 0.1316, 0.0741, 0.1734, 0.0789, 5.0000, 0.2676, 0.7523, 0.5500, 0.8030),
+    ("vnni512", "int8"): Costs(0.0742, 0.1316, 0.0741, 0.1734, 0.0789, 2.0000, 0.2676, 0.7523, 0.5500, 0.8030),
     ("vnni512", "float32"): Costs(0.0756, 0.1585, 0.0811, 0.1565, 0.0452, 2.0000, 0.3933, 0.4897, 0.5250, 0.7850),
     ("avx512bw", "int8"): Costs(0.3461, 0.1260, 0.0000, 0.1025, 0.0267, 2.0000, 0.4063, 0.3820, 0.7120, 1.3930),
     ("avx512bw", "float32"): Costs(0.0791, 0.1512, 0.0834, 0.1516, 0.0382, 2.0000, 0.2710, 0.5656, 0.5900, 0.9220),
@@ -100,6 +111,15 @@ _TABLE = {
     ("avxvnni", "float32"): Costs(0.1289, 0.1095, 0.0337, 0.0778, 0.0453, 2.0000, 0.0000, 0.0000, 0.3320, 0.5950),
     ("avx2", "int8"): Costs(0.3501, 0.0847, 0.0000, 0.2252, 0.1175, 2.0000, 0.3443, 6.2401, 0.5540, 0.9300),
     ("avx2", "float32"): Costs(0.1277, 0.1050, 0.0403, 0.0723, 0.0588, 2.0000, 0.0000, 0.0000, 0.3360, 0.5980),
+    ("neon", "int8"): Costs(0.7779, 0.0467, 0.0000, 0.0170, 0.5572, 2.0000, 0.4774, 0.0000, 1.2080, 1.7620),
+    ("neon", "float32"): Costs(0.1972, 0.0288, 0.0000, 0.0737, 0.0359, 2.0000, 0.0411, 0.0191, 0.1890, 0.9870),
+    ("dotprod", "int8"): Costs(0.7779, 0.0467, 0.0000, 0.0170, 0.5572, 2.0000, 0.4774, 0.0000, 1.2080, 1.7620),
+    ("dotprod", "float32"): Costs(0.1972, 0.0288, 0.0000, 0.0737, 0.0359, 2.0000, 0.0411, 0.0191, 0.1890, 0.9870),
+    ("i8mm", "int8"): Costs(0.7779, 0.0467, 0.0000, 0.0170, 0.5572, 2.0000, 0.4774, 0.0000, 1.2080, 1.7620),
+    ("i8mm", "float32"): Costs(0.1972, 0.0288, 0.0000, 0.0737, 0.0359, 2.0000, 0.0411, 0.0191, 0.1890, 0.9870),
     ("portable", "int8"): Costs(0.7779, 0.0467, 0.0000, 0.0170, 0.5572, 2.0000, 0.4774, 0.0000, 1.2080, 1.7620),
     ("portable", "float32"): Costs(0.1972, 0.0288, 0.0000, 0.0737, 0.0359, 2.0000, 0.0411, 0.0191, 0.1890, 0.9870),
+    # Nothing was measured: instructions of the kernels in schedules/cuda, for a thread with four positions.
+    ("cuda", "int8"): Costs(1, 1, 0, 0, 0.125, 0, 4, 8, 1, 2),
+    ("cuda", "float32"): Costs(1, 1, 0, 0, 0.125, 0, 4, 8, 1, 2),
 }

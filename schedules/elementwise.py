@@ -40,7 +40,7 @@ def add(work: Add, isa: Isa, name: str = "add") -> tirx.PrimFunc:
             return emit.to_float(emit.byte_of(word, byte, lanes) - emit.splat(zero_point, lanes), lanes)
 
         def strip(at: emit.Expr, lanes: int) -> None:
-            left, right = emit.load(a, at, lanes), emit.load(b, at, lanes)
+            left, right = (emit.turn(emit.load(x, at, lanes), isa, lanes) for x in (a, b))
             values = []
             for byte in range(4):
                 other = centred(right, byte, work.b_zero_point, lanes)
@@ -48,7 +48,7 @@ def add(work: Add, isa: Isa, name: str = "add") -> tirx.PrimFunc:
                 mine = centred(left, byte, work.a_zero_point, lanes)
                 total = emit.fma(mine, emit.splat(work.a_multiplier, lanes, "float32"), other, lanes)
                 values.append(emit.round_to_int(total, work.low, work.high, work.zero_point, lanes))
-            emit.store(y, at, emit.pack_bytes(values, lanes), lanes)
+            emit.store(y, at, emit.turn(emit.pack_bytes(values, lanes), isa, lanes), lanes)
 
         chunk = 64 * isa.lanes
         whole, rest = divmod(work.words, chunk)
@@ -72,7 +72,9 @@ def lookup(words: int, isa: Isa, name: str = "lookup") -> tirx.PrimFunc:
         y = emit.argument("y", (words, 4), "uint8")
         with emit.loop(words) as word:
             for byte in range(4):
-                T.buffer_store(y, table[tirx.Cast("int32", x[word, byte])], [word, byte])
+                found = table[emit.turn_each(tirx.Cast("int32", x[word, byte]), isa, 1)]
+                packed = found if not isa.sign else tirx.bitwise_xor(found, tirx.const(isa.sign, "uint8"))
+                T.buffer_store(y, packed, [word, byte])
 
     return emit.kernel(name, body)
 

@@ -13,7 +13,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from pumice.targets.isa import llvm
+from pumice.targets.intrinsics import llvm
+from pumice.targets.isa import Isa
 
 Expr = Any
 Buffer = Any
@@ -146,6 +147,14 @@ def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) 
     return rounded + splat(zero_point, lanes) if zero_point else rounded
 
 
+def across(operation: str, value: Expr, lanes: int) -> Expr:
+    """The sum (``add`` of int32, ``fadd`` of float32, in order) or maximum (``fmax``) of a vector's lanes."""
+    if lanes == 1:
+        return value
+    start = (tirx.const(0.0, "float32"),) if operation == "fadd" else ()
+    return llvm(f"llvm.vector.reduce.{operation}", "int32" if operation == "add" else "float32", *start, value)
+
+
 def byte_of(word: Expr, which: Expr | int, lanes: int) -> Expr:
     """Byte ``which`` (0 lowest) of each word, as int32 0..255."""
     shift = which * 8 if isinstance(which, int) else which * tirx.const(8, "int32")
@@ -158,6 +167,16 @@ def pack_bytes(values: list[Expr], lanes: int) -> Expr:
     for byte, value in enumerate(values[1:], 1):
         word = tirx.bitwise_or(word, tirx.shift_left(value, splat(8 * byte, lanes)))
     return word
+
+
+def turn(word: Expr, isa: Isa, lanes: int) -> Expr:
+    """Bytes as they are packed from bytes in 0..255, and the other way."""
+    return tirx.bitwise_xor(word, splat(splat_word(isa.sign), lanes)) if isa.sign else word
+
+
+def turn_each(byte: Expr, isa: Isa, lanes: int) -> Expr:
+    """The same for one byte in each int32."""
+    return tirx.bitwise_xor(byte, splat(isa.sign, lanes)) if isa.sign else byte
 
 
 @contextmanager
@@ -180,6 +199,11 @@ def either(condition: Expr, first: int, second: int, body: Callable[[bool], None
             body(True)
         with T.Else():
             body(False)
+
+
+def packed_word(byte: int, isa: Isa) -> int:
+    """A word of four equal bytes as they are packed, as a signed int32."""
+    return splat_word(byte ^ isa.sign)
 
 
 def splat_word(byte: int) -> int:

@@ -20,7 +20,8 @@ from tvm import tirx
 from pumice.schedules import emit
 from pumice.schedules.emit import Expr
 from pumice.schedules.functions import ACTIVATIONS
-from pumice.targets.isa import Isa, llvm
+from pumice.targets.intrinsics import llvm
+from pumice.targets.isa import Isa
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Epilogue:
     activation: str | None = None  # a name of ACTIVATIONS, computed before the clamp
     scale: float = 1.0  # of the activation's result, for uint8: 1 / the output's scale
     fits: bool = False  # whether what is rounded to uint8 fits int32 for every accumulator
+    parameters: tuple[float, ...] = ()  # of the activation
 
 
 def finish(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
@@ -57,13 +59,14 @@ def finish(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilo
     return value
 
 
-def round_unsaturated(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
+def round_unsaturated(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, isa: Isa) -> Expr:
     """As ``finish`` to uint8, without zero point and clamp: ``pack_pair`` and ``pack_words`` do these on the way."""
+    lanes = isa.lanes
     value = _value(acc, scale, residual, epilogue, lanes)
     if not epilogue.fits:
         value = tirx.min(value, emit.splat(float(epilogue.high - epilogue.zero_point), lanes, "float32"))
         value = tirx.max(value, emit.splat(float(epilogue.low - epilogue.zero_point), lanes, "float32"))
-    return llvm("llvm.lrint", emit.vector("int32", lanes), value)
+    return isa.round(value)
 
 
 def _value(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilogue, lanes: int) -> Expr:
@@ -77,7 +80,8 @@ def _value(acc: Expr, scale: Expr | None, residual: Expr | None, epilogue: Epilo
         value = emit.fma(value, scale, emit.splat(0.0, lanes, "float32"), lanes)
     if epilogue.activation is None:
         return value
-    value = ACTIVATIONS[epilogue.activation](lanes, value)
+    parameters = [emit.splat(parameter, lanes, "float32") for parameter in epilogue.parameters]
+    value = ACTIVATIONS[epilogue.activation](lanes, value, *parameters)
     return value * emit.splat(epilogue.scale, lanes, "float32") if epilogue.output == "uint8" else value
 
 
@@ -87,29 +91,30 @@ def centred_residual(value: Expr, epilogue: Epilogue, lanes: int) -> Expr:
     return _scaled_residual(value - emit.splat(spec.zero_point, lanes), spec, lanes)
 
 
-def residual_of_word(word: Expr, byte: int, epilogue: Epilogue, isa: Isa) -> Expr:
+def residual_of_word(word: Expr, byte: Expr | int, epilogue: Epilogue, isa: Isa) -> Expr:
     """The float32 residual of one byte of each word; where int8 products are one instruction, that takes it out."""
     spec = epilogue.residual or Residual()
     if not isa.has_dot:
-        return centred_residual(emit.byte_of(word, byte, isa.lanes), epilogue, isa.lanes)
-    chosen = emit.splat(1 << 8 * byte, isa.lanes)
-    return _scaled_residual(isa.dot4(emit.splat(-spec.zero_point, isa.lanes), word, chosen), spec, isa.lanes)
+        return centred_residual(emit.byte_of(emit.turn(word, isa, isa.lanes), byte, isa.lanes), epilogue, isa.lanes)
+    chosen = emit.splat(tirx.shift_left(tirx.const(1, "int32"), byte * 8), isa.lanes)
+    return _scaled_residual(isa.dot4(emit.splat(isa.sign - spec.zero_point, isa.lanes), word, chosen), spec, isa.lanes)
 
 
 def _scaled_residual(centred: Expr, spec: Residual, lanes: int) -> Expr:
     return emit.to_float(centred, lanes) * emit.splat(spec.multiplier, lanes, "float32")
 
 
-def pack_pair(first: Expr, second: Expr, epilogue: Epilogue, lanes: int) -> Expr:
+def pack_pair(first: Expr, second: Expr, epilogue: Epilogue, isa: Isa) -> Expr:
     """Two vectors of ``round_unsaturated`` -> one int32 vector that holds both, for ``pack_words``.
 
-    With 16 lanes (AVX-512) and 8 (AVX2) the instructions that narrow also saturate, so that zero point and clamp
-    cost little: int16 is wide enough for what a zero point moves into 0..255, and a byte is clamped as a byte.
+    Where the instructions that narrow also saturate, zero point and clamp cost little: int16 is wide enough for what
+    a zero point moves into 0..255, and a byte is clamped as a byte.
     """
-    if lanes in _PACKS:
-        pair = llvm(_PACKS[lanes][0], f"int16x{2 * lanes}", first, second)
-        if epilogue.zero_point:
-            shift = emit.splat(tirx.const(epilogue.zero_point, "int16"), 2 * lanes)
+    lanes = isa.lanes
+    if isa.narrow is not None:
+        pair = isa.narrow[0](lanes, first, second)
+        if epilogue.zero_point != isa.sign:
+            shift = emit.splat(tirx.const(epilogue.zero_point - isa.sign, "int16"), 2 * lanes)
             pair = llvm("llvm.sadd.sat", f"int16x{2 * lanes}", pair, shift)
         return tirx.reinterpret(emit.vector("int32", lanes), pair)
     low, high = emit.splat(int(epilogue.low), lanes), emit.splat(int(epilogue.high), lanes)
@@ -117,23 +122,35 @@ def pack_pair(first: Expr, second: Expr, epilogue: Epilogue, lanes: int) -> Expr
     return emit.pack_bytes([tirx.min(tirx.max(value, low), high) for value in shifted], lanes)
 
 
-def pack_words(first: Expr, second: Expr, epilogue: Epilogue, lanes: int) -> Expr:
-    """Two of ``pack_pair`` -> one vector of words of four bytes, the first value lowest."""
-    if lanes not in _PACKS:
-        return tirx.bitwise_or(first, tirx.shift_left(second, emit.splat(16, lanes)))
+def pack_words(first: Expr, second: Expr, epilogue: Epilogue, isa: Isa) -> Expr:
+    """Two of ``pack_pair`` -> one vector of packed words, the first value lowest."""
+    lanes = isa.lanes
+    if isa.narrow is None:
+        return emit.turn(tirx.bitwise_or(first, tirx.shift_left(second, emit.splat(16, lanes))), isa, lanes)
     halves = [tirx.reinterpret(f"int16x{2 * lanes}", half) for half in (first, second)]
-    packed = tirx.reinterpret(f"uint8x{4 * lanes}", llvm(_PACKS[lanes][1], f"int8x{4 * lanes}", *halves))
+    dtype = "int8" if isa.sign else "uint8"
+    packed = tirx.reinterpret(f"{dtype}x{4 * lanes}", isa.narrow[1](lanes, *halves))
     if epilogue.low > 0:
-        packed = tirx.max(packed, emit.splat(tirx.const(int(epilogue.low), "uint8"), 4 * lanes))
+        packed = tirx.max(packed, emit.splat(tirx.const(int(epilogue.low) - isa.sign, dtype), 4 * lanes))
     if epilogue.high < 255:
-        packed = tirx.min(packed, emit.splat(tirx.const(int(epilogue.high), "uint8"), 4 * lanes))
+        packed = tirx.min(packed, emit.splat(tirx.const(int(epilogue.high) - isa.sign, dtype), 4 * lanes))
     # In each 128 bits: four bytes of the first value, four of the second, third, fourth; wanted is a byte of each.
     order = [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(4 * lanes)]
     shuffled = tirx.Shuffle([packed], [tirx.const(i, "int32") for i in order])
     return tirx.reinterpret(emit.vector("int32", lanes), shuffled)
 
 
-_PACKS = {
-    16: ("llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packuswb.512"),
-    8: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packuswb"),
-}
+def place_bytes(word: Expr, places: list[Expr], isa: Isa) -> Expr:
+    """Words with byte ``k`` moved to the byte ``places[k]`` (int32 0..3, a permutation)."""
+    lanes = isa.lanes
+    if isa.shuffle is None:
+        moved = [
+            tirx.shift_left(emit.byte_of(word, k, lanes), emit.splat(place * 8, lanes)) for k, place in enumerate(places)
+        ]
+        return moved[0] | moved[1] | moved[2] | moved[3]
+    # The control says for each byte which one of its 16 comes there: that of its own word, so 4 * (lane % 4) more.
+    control = tirx.const(0, "int32")
+    for k, place in enumerate(places):
+        control = control + tirx.shift_left(tirx.const(k, "int32"), place * 8)
+    lowest = tirx.Shuffle([tirx.const(emit.splat_word(4 * (lane % 4)), "int32") for lane in range(lanes)], [*range(lanes)])
+    return isa.shuffle(lanes, word, emit.splat(control, lanes) + lowest)

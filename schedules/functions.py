@@ -14,7 +14,7 @@ from tvm import tirx
 
 from pumice.schedules import emit
 from pumice.schedules.emit import Expr
-from pumice.targets.isa import llvm
+from pumice.targets.intrinsics import llvm
 
 
 def _number(value: float, lanes: int) -> Expr:
@@ -115,13 +115,18 @@ def _sqrt(lanes: int, x: Expr) -> Expr:
     return llvm("llvm.sqrt", emit.vector("float32", lanes), x)
 
 
-# Functions of one tensor that a layer's epilogue takes.
-ACTIVATIONS: dict[str, Callable[[int, Expr], Expr]] = {
+def _leaky_relu(lanes: int, x: Expr, slope: Expr | None = None) -> Expr:
+    return tirx.Select(x < _number(0.0, lanes), x * (_number(0.01, lanes) if slope is None else slope), x)
+
+
+# Functions of one tensor that a layer's epilogue takes; after the tensor come the function's numbers, if it has any.
+ACTIVATIONS: dict[str, Callable[..., Expr]] = {
     "tanh": _tanh,
     "sigmoid": _sigmoid,
     "hard_sigmoid": _hard_sigmoid,
     "hard_swish": _hard_swish,
     "nn.silu": lambda lanes, x: x * _sigmoid(lanes, x),
+    "nn.leakyrelu": _leaky_relu,
     "nn.gelu": _gelu,
     "nn.gelu_tanh": lambda lanes, x: _gelu(lanes, x, _GELU_TANH),
 }

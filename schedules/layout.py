@@ -109,7 +109,7 @@ def quantize_packed(work: Packing, isa: Isa, name: str = "quantize") -> tirx.Pri
         def strip(row: Expr, at: Expr, lanes: int) -> None:
             loaded = [emit.load(x, (row * 4 + byte) * positions + at, lanes) for byte in range(4)]
             values = [_quantize(work, value, lanes) for value in loaded]
-            emit.store(y, row * positions + at, emit.pack_bytes(values, lanes), lanes)
+            emit.store(y, row * positions + at, emit.turn(emit.pack_bytes(values, lanes), isa, lanes), lanes)
 
         parallel = work.threads > 1 and work.size > _PARALLEL_SIZE
         with emit.loop(work.rows, parallel) as row:
@@ -157,7 +157,7 @@ def planes(work: Planes, isa: Isa, name: str = "planes") -> tirx.PrimFunc:
 
 
 def _one_plane(work: Planes, isa: Isa, x: Buffer, y: Buffer, row: Expr, out: Expr, phase: tuple[int, int]) -> None:
-    word = emit.splat_word(int(work.fill)) if work.dtype == "uint8" else float(work.fill)
+    word = emit.packed_word(int(work.fill), isa) if work.dtype == "uint8" else float(work.fill)
     dtype = "int32" if work.dtype == "uint8" else "float32"
     emit.fill(y, out, work.target.positions, word, dtype, isa.lanes)
     source, target, stride = work.source, work.target, work.window.stride
@@ -181,7 +181,8 @@ def _copy_strided(
     x: Buffer, y: Buffer, from_: Expr, to: Expr, count: int, width: int, stride: int, phase: int, lanes: int
 ) -> None:
     """``y[to + i] = x[from_ + i * stride + phase]``; by twos, whole vectors are read and every other word picked."""
-    whole = min(count, width // 2) // lanes if stride == 2 else 0  # of rows that end on an odd pixel read no further
+    # Of rows that end on an odd pixel the vectors read no further.
+    whole = min(count, width // 2) // lanes if stride == 2 and lanes > 1 else 0
     if whole:
         picked = [tirx.const(2 * i + phase, "int32") for i in range(lanes)]
         with emit.loop(whole) as i:
@@ -194,7 +195,7 @@ def _copy_strided(
 
 
 def _fill(work: Packing, isa: Isa, y: Buffer, row: Expr) -> None:
-    value, dtype = (0.0, "float32") if work.scale is None else (emit.splat_word(work.zero_point), "int32")
+    value, dtype = (0.0, "float32") if work.scale is None else (emit.packed_word(work.zero_point, isa), "int32")
     positions = work.geometry.positions
     emit.fill(y, row * positions, positions, value, dtype, isa.lanes)
 
@@ -225,7 +226,7 @@ def _pack_maps(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr) -> None
             else:
                 value = emit.load(x, at, lanes)
             values.append(value if work.scale is None else _quantize(work, value, lanes))
-        word = values[0] if work.scale is None else emit.pack_bytes(values, lanes)
+        word = values[0] if work.scale is None else emit.turn(emit.pack_bytes(values, lanes), isa, lanes)
         to = row * geometry.positions + geometry.base + n * geometry.image + h * geometry.pitch + w
         emit.store(y, to, word, lanes)
 
@@ -243,7 +244,7 @@ def _pack_tokens(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr) -> No
             value = x[token * work.channels + channel]
             T.buffer_store(y, tirx.Select(row < work.channels, value, tirx.const(0.0, "float32")), [to])
         else:
-            _store_bytes(work, y, to, _four_channels(work, x, row, token))
+            _store_bytes(work, isa, y, to, _four_channels(work, x, row, token))
 
 
 def _pack_vector(work: Packing, isa: Isa, x: Buffer, y: Buffer) -> None:
@@ -252,7 +253,7 @@ def _pack_vector(work: Packing, isa: Isa, x: Buffer, y: Buffer) -> None:
             channel = tirx.min(row, tirx.const(work.channels - 1, "int32"))
             T.buffer_store(y, tirx.Select(row < work.channels, x[channel], tirx.const(0.0, "float32")), [row])
         else:
-            _store_bytes(work, y, row, _four_channels(work, x, row, tirx.const(0, "int32")))
+            _store_bytes(work, isa, y, row, _four_channels(work, x, row, tirx.const(0, "int32")))
 
 
 def _four_channels(work: Packing, x: Buffer, row: Expr, token: Expr) -> Expr:
@@ -268,9 +269,9 @@ def _four_channels(work: Packing, x: Buffer, row: Expr, token: Expr) -> Expr:
     return emit.load(staged, 0, 4)
 
 
-def _store_bytes(work: Packing, y: Buffer, to: Expr, channels: Expr) -> None:
+def _store_bytes(work: Packing, isa: Isa, y: Buffer, to: Expr, channels: Expr) -> None:
     as_bytes = tirx.Cast("uint8x4", _quantize(work, channels, 4))
-    T.buffer_store(y, tirx.reinterpret("int32", as_bytes), [to])
+    T.buffer_store(y, emit.turn(tirx.reinterpret("int32", as_bytes), isa, 1), [to])
 
 
 def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, byte: int) -> None:
@@ -282,7 +283,7 @@ def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, by
         at = row * geometry.positions + geometry.base + n * geometry.image + h * geometry.pitch + w
         value = emit.load(x, at, lanes)
         if work.scale is not None:
-            centred = emit.byte_of(value, byte, lanes) - emit.splat(work.zero_point, lanes)
+            centred = emit.byte_of(emit.turn(value, isa, lanes), byte, lanes) - emit.splat(work.zero_point, lanes)
             value = emit.to_float(centred, lanes) * emit.splat(work.scale, lanes, "float32")
         if work.tokens:
             to = (n * plane + h * geometry.width + w) * work.channels + channel
@@ -303,7 +304,7 @@ def _unpack_tokens(work: Packing, isa: Isa, x: Buffer, y: Buffer, quad: Expr) ->
         if work.scale is None:
             rows = [(quad * 4 + r) * geometry.positions for r in range(4)]
             return [emit.load(x, row + position, lanes) for row in rows]
-        word = emit.load(x, quad * geometry.positions + position, lanes)
+        word = emit.turn(emit.load(x, quad * geometry.positions + position, lanes), isa, lanes)
         centred = [emit.byte_of(word, byte, lanes) - emit.splat(work.zero_point, lanes) for byte in range(4)]
         return [emit.to_float(value, lanes) * emit.splat(work.scale, lanes, "float32") for value in centred]
 

@@ -41,19 +41,19 @@ def matmul(work: Matmul, isa: Isa, name: str = "matmul") -> tirx.PrimFunc:
         )
 
         def tile(batch: Expr, row: Expr, rows: int, column: Expr, vectors: int, lanes: int) -> None:
-            acc = T.alloc_buffer((rows * vectors * lanes,), "float32", scope="local")
-            places = [(r, v, (r * vectors + v) * lanes) for r in range(rows) for v in range(vectors)]
-            for _, _, at in places:
-                emit.store(acc, at, emit.splat(0.0, lanes, "float32"), lanes)
+            acc = emit.registers(rows * vectors, lanes, "float32")
+            places = [(r, v, acc[r * vectors + v]) for r in range(rows) for v in range(vectors)]
+            for _, _, register in places:
+                emit.store(register, 0, emit.splat(0.0, lanes, "float32"), lanes)
             first_b = column if work.shared_b else batch * (k * n) + column
             with T.serial(0, k) as i:
                 loaded = [emit.load(b, first_b + i * n + v * lanes, lanes) for v in range(vectors)]
-                for r, v, at in places:
+                for r, v, register in places:
                     left = emit.splat(a[(batch * m + row + r) * k + i], lanes)
-                    emit.store(acc, at, left * loaded[v] + emit.load(acc, at, lanes), lanes)
-            for r, v, at in places:
+                    emit.store(register, 0, left * loaded[v] + emit.load(register, 0, lanes), lanes)
+            for r, v, register in places:
                 to = (batch * m + row + r) * n + column + v * lanes
-                emit.store(c, to, emit.load(acc, at, lanes), lanes)
+                emit.store(c, to, emit.load(register, 0, lanes), lanes)
 
         def rows_of(batch: Expr, row: Expr, rows: int) -> None:
             lanes, widest = isa.lanes, isa.registers // 8

@@ -10,7 +10,8 @@ from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
 from pumice.schedules.emit import Buffer, Expr
-from pumice.targets.isa import Isa, llvm
+from pumice.targets.intrinsics import llvm
+from pumice.targets.isa import Isa
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ class _Row:
 
         self.each(step)
         vector = emit.load(wide, 0, self.lanes)
-        start = (tirx.const(neutral, "float32"),) if operation == "fadd" else ()
-        return self.scalar(llvm(f"llvm.vector.reduce.{operation}", "float32", *start, vector))
+        return self.scalar(emit.across(operation, vector, self.lanes))
 
     def scalar(self, value: Expr) -> Expr:
         """``value``, computed once."""

@@ -15,7 +15,8 @@ from tvm.tirx.script.builder import ir as T
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD
 from pumice.schedules.emit import Buffer, Expr
-from pumice.targets.isa import Isa, llvm
+from pumice.targets.intrinsics import llvm
+from pumice.targets.isa import Isa
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Emitter:
     """Emits one kernel; its fields are the kernel's arguments."""
 
     def __init__(self, work: PackedNorm, isa: Isa) -> None:
-        self.work, self.lanes = work, isa.lanes
+        self.work, self.isa, self.lanes = work, isa, isa.lanes
         self.largest = isa.registers // 8  # vectors in a tile: four sums each, and room for the rest
 
     def emit(self) -> None:
@@ -110,17 +111,16 @@ class _Emitter:
     def _sum(self, out: Buffer, position: Expr, vectors: int, add: Callable[[Expr, Expr, int], Expr]) -> None:
         """Reduce the rows of each vector with ``add(part, x, vector)``, in four parts."""
         work, lanes = self.work, self.lanes
-        width = vectors * lanes
-        parts = T.alloc_buffer((QUAD * width,), "float32", scope="local")
-        for at in range(0, QUAD * width, lanes):
-            emit.store(parts, at, emit.splat(0.0, lanes, "float32"), lanes)
+        parts = emit.registers(QUAD * vectors, lanes, "float32")
+        for part in parts:
+            emit.store(part, 0, emit.splat(0.0, lanes, "float32"), lanes)
 
         def rows(first: Expr, count: int) -> None:
             for r in range(count):
                 for v in range(vectors):
-                    at = r * width + v * lanes
+                    part = parts[r * vectors + v]
                     x = emit.load(self.buffers["x"], (first + r) * work.positions + position + v * lanes, lanes)
-                    emit.store(parts, at, add(emit.load(parts, at, lanes), x, v), lanes)
+                    emit.store(part, 0, add(emit.load(part, 0, lanes), x, v), lanes)
 
         quads, rest = divmod(work.channels, QUAD)
         if quads:
@@ -128,7 +128,7 @@ class _Emitter:
                 rows(quad * QUAD, QUAD)
         rows(tirx.const(quads * QUAD, "int32"), rest)
         for v in range(vectors):
-            part = [emit.load(parts, r * width + v * lanes, lanes) for r in range(QUAD)]
+            part = [emit.load(parts[r * vectors + v], 0, lanes) for r in range(QUAD)]
             emit.store(out, v * lanes, (part[0] + part[1]) + (part[2] + part[3]), lanes)
 
     def _write(self, quad: Expr, position: Expr, values: list[Expr]) -> None:
@@ -143,9 +143,8 @@ class _Emitter:
             multiplier = emit.splat(work.multiplier, lanes, "float32")
             scaled = [emit.load(staged, r * lanes, lanes) * multiplier for r in range(QUAD)]
             rounded = [emit.round_to_int(value, 0, 255, work.zero_point, lanes) for value in scaled]
-            emit.store(
-                self.buffers["y_bytes"], quad * work.positions + position, emit.pack_bytes(rounded, lanes), lanes
-            )
+            word = emit.turn(emit.pack_bytes(rounded, lanes), self.isa, lanes)
+            emit.store(self.buffers["y_bytes"], quad * work.positions + position, word, lanes)
 
 
 _PARALLEL_SIZE = 100_000  # elements below which waking the other threads costs more than it saves

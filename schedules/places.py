@@ -23,6 +23,13 @@ class Places:
         """``tap_offsets`` of the window."""
         return tap_offsets(self.window, self.source, self.target)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether an output reads one word column, at its own position, and positions lie side by side."""
+        planes = (self.source, self.target)
+        alike = self.source.span == self.target.span and not any(plane.is_padded for plane in planes)
+        return alike and self.shifts.tolist() == [0]
+
     def vectors(self, lanes: int) -> int:
         """Vectors of positions that are computed."""
         return -(-self.target.span // lanes)

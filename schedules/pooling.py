@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from pumice.schedules import emit
 from pumice.schedules.emit import Buffer, Expr
 from pumice.schedules.geometry import Geometry
-from pumice.targets.isa import Isa, llvm
+from pumice.targets.isa import Isa
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def pooling(work: Pooling, isa: Isa, name: str = "pooling") -> tirx.PrimFunc:
         y = emit.words_of(emit.argument("y", (work.rows, target.positions, work.depth), work.dtype), word)
         x = emit.words_of(x_bytes, word)
         vectors = -(-target.span // lanes)
-        padding = emit.splat_word(work.output_zero_point) if work.dtype == "uint8" else 0.0
+        padding = emit.packed_word(work.output_zero_point, isa) if work.dtype == "uint8" else 0.0
         parallel = work.threads > 1 and work.rows * vectors * len(work.offsets) > _PARALLEL_WORK
         with emit.loop(work.rows, parallel) as row:
             out = row * target.positions
@@ -64,7 +64,7 @@ def pooling(work: Pooling, isa: Isa, name: str = "pooling") -> tirx.PrimFunc:
             with emit.loop(vectors) as v:
                 position = v * lanes + target.base
                 start = row * (work.phases * work.source.positions) + position
-                value = (_maximum if work.kind == "maximum" else _average)(work, x, start, lanes)
+                value = (_maximum if work.kind == "maximum" else _average)(work, isa, x, start)
                 if mask is not None:
                     inside = emit.load(mask, position, lanes) != emit.splat(0, lanes)
                     value = tirx.Select(inside, value, emit.splat(padding, lanes, word))
@@ -73,29 +73,32 @@ def pooling(work: Pooling, isa: Isa, name: str = "pooling") -> tirx.PrimFunc:
     return emit.kernel(name, body)
 
 
-def _maximum(work: Pooling, x: Buffer, start: Expr, lanes: int) -> Expr:
+def _maximum(work: Pooling, isa: Isa, x: Buffer, start: Expr) -> Expr:
     """Bytes compare as bytes, four channels at once."""
-    as_bytes = f"uint8x{4 * lanes}"
+    lanes = isa.lanes
+    as_bytes = f"{'int8' if isa.sign else 'uint8'}x{4 * lanes}"
     best = None
     for offset in work.offsets:
         value = emit.load(x, start + offset, lanes)
         if work.dtype == "uint8":
             value = tirx.reinterpret(as_bytes, value)
         best = value if best is None else tirx.max(best, value)
-    return tirx.reinterpret(f"int32x{lanes}", best) if work.dtype == "uint8" else best
+    return tirx.reinterpret(emit.vector("int32", lanes), best) if work.dtype == "uint8" else best
 
 
-def _average(work: Pooling, x: Buffer, start: Expr, lanes: int) -> Expr:
+def _average(work: Pooling, isa: Isa, x: Buffer, start: Expr) -> Expr:
+    lanes = isa.lanes
     sums: list[Expr] = [None] * work.depth
     for offset in work.offsets:
         word = emit.load(x, start + offset, lanes)
+        word = emit.turn(word, isa, lanes) if work.dtype == "uint8" else word
         for byte in range(work.depth):
             value = emit.byte_of(word, byte, lanes) if work.dtype == "uint8" else word
             sums[byte] = value if sums[byte] is None else sums[byte] + value
     if work.dtype == "float32":
         return sums[0] * emit.splat(work.multiplier, lanes, "float32")
     count = len(work.offsets)
-    return emit.pack_bytes([_requantize(work, total, count, lanes) for total in sums], lanes)
+    return emit.turn(emit.pack_bytes([_requantize(work, total, count, lanes) for total in sums], lanes), isa, lanes)
 
 
 def _requantize(work: Pooling | GlobalAverage, total: Expr, count: int, lanes: int) -> Expr:
@@ -139,7 +142,7 @@ def global_average(work: GlobalAverage, isa: Isa, name: str = "global_average") 
         count = (source.height - 1) * source.pitch + source.width
         with emit.loop(work.rows) as row:
             if target.is_padded:
-                fill = emit.splat_word(work.output_zero_point) if work.dtype == "uint8" else 0.0
+                fill = emit.packed_word(work.output_zero_point, isa) if work.dtype == "uint8" else 0.0
                 emit.fill(y, row * target.positions, target.positions, fill, word, isa.lanes)
             with emit.loop(source.batch) as image:
                 start = row * source.positions + source.base + image * source.image
@@ -147,6 +150,7 @@ def global_average(work: GlobalAverage, isa: Isa, name: str = "global_average") 
                 to = row * target.positions + target.base + image * target.image
                 if work.dtype == "uint8":
                     value = emit.pack_bytes([_requantize(work, total, count, 1) for total in sums], 1)
+                    value = emit.turn(value, isa, 1)
                 else:
                     value = sums[0] * tirx.const(np.float32(work.multiplier), "float32")
                 T.buffer_store(y, value, [to])
@@ -164,6 +168,7 @@ def _sum_words(work: GlobalAverage, isa: Isa, x: Buffer, start: Expr, count: int
 
     def add(offset: Expr, n: int) -> None:
         value = emit.load(x, start + offset, n)
+        value = emit.turn(value, isa, n) if work.dtype == "uint8" else value
         for channel in range(work.depth):
             old = emit.load(wide, channel * lanes, n)
             part = emit.byte_of(value, channel, n) if work.dtype == "uint8" else value
@@ -173,10 +178,7 @@ def _sum_words(work: GlobalAverage, isa: Isa, x: Buffer, start: Expr, count: int
     sums = T.alloc_buffer((work.depth,), dtype, scope="global")
     for channel in range(work.depth):
         vector = emit.load(wide, channel * lanes, lanes)
-        if work.dtype == "uint8":
-            total = llvm("llvm.vector.reduce.add", "int32", vector)
-        else:
-            total = llvm("llvm.vector.reduce.fadd", "float32", tirx.const(0.0, "float32"), vector)
+        total = emit.across("add" if work.dtype == "uint8" else "fadd", vector, lanes)
         T.buffer_store(sums, total, [channel])
     return [sums[channel] for channel in range(work.depth)]
 

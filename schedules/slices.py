@@ -1,4 +1,4 @@
-"""A weight in slices of output rows: what the kernel for one position walks.
+"""A weight in slices of output rows: what the kernel for few positions walks.
 
 A *slice* is as many output rows as a vector has lanes, one row a lane. Dense, its entries are the words of the input
 in order. Sparse, each row has its own list, and the lists of a slice are padded to one length (SELL-C-sigma of
@@ -17,7 +17,7 @@ import numpy as np
 from pumice.targets.isa import Isa
 
 UNROLL = 4  # entries of a sparse slice at once, each with an accumulator of its own: they hide the latency
-PANEL = 8  # slices of a dense weight that are walked together, sharing each word of the input
+PANEL = 8  # slices of a dense weight that are walked together, sharing each word of the input, at most
 ALIKE = 8  # slices whose rows are as good as equally long, and may be dealt by where in a row the words lie
 
 
@@ -77,38 +77,48 @@ class Slices:
         return padded if self.lists is None else padded[self.lists.order]
 
 
-def sharing(isa: Isa) -> int:
-    """Entries that share a window: only loading more than one vector is worth saving."""
-    return 1 if isa.window == isa.lanes else UNROLL
+def window(isa: Isa, positions: int) -> int:
+    """Words in a window. One position waits for the weights, and few entries are best; several wait for the
+    permutations, and a window of two vectors is one instruction."""
+    return isa.window if positions == 1 or isa.permute is None else min(isa.window, 2 * isa.lanes)
 
 
-def panels(slices: int) -> list[tuple[int, int]]:
-    """First slice and size of each panel: as few panels as may be, the larger ones first."""
-    count = -(-slices // PANEL)
+def sharing(isa: Isa, positions: int) -> int:
+    """Entries that share a window, so that each pays for one vector of it."""
+    return min(UNROLL, window(isa, positions) // isa.lanes)
+
+
+def panels(slices: int, isa: Isa, positions: int = 1) -> list[tuple[int, int]]:
+    """First slice and size of each panel: as few panels as may be, the larger ones first.
+
+    Each slice of a panel has an accumulator for each position, in three quarters of the registers.
+    """
+    count = -(-slices // min(PANEL, max(1, isa.registers * 3 // 4 // positions)))
     smaller, larger = divmod(slices, count)
     return [(i * smaller + min(i, larger), smaller + (i < larger)) for i in range(count)]
 
 
-def slice_rows(rows: np.ndarray, isa: Isa, sparse: bool) -> Slices:
-    """Slices of ``rows`` ``[N, 1, C]``, int8 or float32."""
+def slice_rows(rows: np.ndarray, isa: Isa, sparse: bool, positions: int = 1) -> Slices:
+    """Slices of ``rows`` ``[N, 1, C]``, int8 or float32, for a kernel with so many positions."""
     depth = 4 if rows.dtype == np.int8 else 1
     matrix = np.pad(rows[:, 0, :], ((0, -len(rows) % isa.lanes), (0, -rows.shape[2] % depth)))
     words = matrix.reshape(len(matrix), -1, depth)
-    return _sparse(words, isa) if sparse else _dense(words, isa.lanes)
+    return _sparse(words, isa, positions) if sparse else _dense(words, isa, positions)
 
 
-def _dense(words: np.ndarray, lanes: int) -> Slices:
-    slices = words.reshape(-1, lanes, *words.shape[1:])
-    parts = [slices[first : first + size].transpose(2, 0, 1, 3) for first, size in panels(len(slices))]
-    return Slices(np.concatenate([part.reshape(-1, lanes, words.shape[2]) for part in parts]), None, words.shape[1])
+def _dense(words: np.ndarray, isa: Isa, positions: int) -> Slices:
+    slices = words.reshape(-1, isa.lanes, *words.shape[1:])
+    parts = [slices[first : first + size].transpose(2, 0, 1, 3) for first, size in panels(len(slices), isa, positions)]
+    data = np.concatenate([part.reshape(-1, isa.lanes, words.shape[2]) for part in parts])
+    return Slices(data, None, words.shape[1])
 
 
-def _sparse(words: np.ndarray, isa: Isa) -> Slices:
+def _sparse(words: np.ndarray, isa: Isa, positions: int) -> Slices:
     order = _order(np.any(words, axis=2), isa.lanes)
     slices = words[order].reshape(-1, isa.lanes, *words.shape[1:])
     lists, before = _lists(slices.any(axis=3))
-    share = sharing(isa)
-    which, windows, first, taken = _cover(lists, before, isa.window, share)
+    width, share = window(isa, positions), sharing(isa, positions)
+    which, windows, first, taken = _cover(lists, before, width, share)
     starts = np.zeros(len(slices) + 1, np.int32)
     np.cumsum(np.bincount(which, minlength=len(slices)) * share // UNROLL, out=starts[1:])
     # A window serves the next words, ``share`` at most, of each lane's list: [windows, share, lanes].
@@ -136,7 +146,7 @@ def _order(present: np.ndarray, lanes: int) -> np.ndarray:
 
 
 def _cover(
-    lists: np.ndarray, before: np.ndarray, window: int, share: int
+    lists: np.ndarray, before: np.ndarray, width: int, share: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Windows over the ``_lists`` of all slices; greedy, which is the fewest.
 
@@ -155,8 +165,8 @@ def _cover(
         active = start < words
         if len(steps) % unit == 0 and not active.any():
             break
-        start = np.minimum(start, max(words - window, 0))
-        end = np.where(active, np.minimum(start + window, words), 0)
+        start = np.minimum(start, max(words - width, 0))
+        end = np.where(active, np.minimum(start + width, words), 0)
         taken = np.clip(before[slice_, lane, end[:, None]] - done, 0, share)
         steps.append((active, start, done, taken))
         done = done + taken

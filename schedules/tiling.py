@@ -57,7 +57,7 @@ class Tiling:
     rows: int
 
 
-# A form and the way to walk it; with one position (``schedules/gemv.py``) there is only one way: None.
+# A form and the way to walk it; in slices, for few positions (``schedules/gemv.py``), there is only one way: None.
 Candidate = tuple[Form, Tiling | None]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import tvm
 from tvm import tirx
@@ -43,6 +44,11 @@ class Code:
 
     module: tvm.runtime.Module
     scratch: int
+
+    def write(self, folder: Path) -> list[str]:
+        """Write what is linked into a library into ``folder``; the files' names."""
+        self.module.write_to_file(str(folder / "code.o"))
+        return ["code.o"]
 
 
 def build(plan: Plan, target: Target, for_tvm: bool = True) -> Code:

@@ -1,43 +1,30 @@
-"""Running a plan on this machine: the code with buffers of its own, which the caller fills and reads."""
+"""Running a plan on this machine: compiled in memory for the passes that need numbers, or linked to be timed."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import tvm
 
+from pumice.loader import Library, Model
 from pumice.targets.build import ENTRY, build
-from pumice.targets.library import WEIGHTS_SYMBOL
-from pumice.targets.plan import Plan, Spec, aligned
+from pumice.targets.library import write_library
+from pumice.targets.plan import Plan, aligned
 from pumice.targets.target import Target
 
 
 class Executor:
-    """``inputs`` are filled, ``run`` is called, ``outputs`` are read; one caller at a time.
+    """``inputs`` are filled, ``run`` is called, ``outputs`` are read; one caller at a time, on its own thread."""
 
-    Args:
-        module: what ``build`` made, or a library that was loaded.
-        weights: an array that begins where the weights do; it is not copied.
-        workspace, scratch: bytes that the plan and its kernels want.
-        inputs, outputs: shapes and data types.
-    """
-
-    def __init__(
-        self,
-        module: tvm.runtime.Module,
-        weights: np.ndarray,
-        workspace: int,
-        scratch: int,
-        inputs: Iterable[Spec],
-        outputs: Iterable[Spec],
-    ) -> None:
-        self._run = module[ENTRY]
-        self.inputs = [aligned(shape, dtype) for shape, dtype in inputs]
-        self.outputs = [aligned(shape, dtype) for shape, dtype in outputs]
-        self._memory = weights, aligned((workspace,), "uint8"), aligned((scratch,), "uint8")
+    def __init__(self, plan: Plan, target: Target) -> None:
+        """Compile ``plan`` in memory."""
+        code = build(plan, target)
+        self._run = code.module[ENTRY]
+        self.inputs = [aligned(shape, dtype) for shape, dtype in plan.inputs]
+        self.outputs = [aligned(shape, dtype) for shape, dtype in plan.outputs]
+        self._memory = plan.weights, aligned((plan.workspace,), "uint8"), aligned((code.scratch,), "uint8")
         buffers = [*self._memory, *self.inputs, *self.outputs]
         self._table = np.array([buffer.ctypes.data for buffer in buffers], np.uint64)
         self._buffers = ctypes.c_void_p(self._table.ctypes.data)
@@ -49,13 +36,28 @@ class Executor:
 
 def build_executor(plan: Plan, target: Target) -> Executor:
     """Compile ``plan`` in memory, for this machine."""
-    code = build(plan, target)
-    return Executor(code.module, plan.weights, plan.workspace, code.scratch, plan.inputs, plan.outputs)
+    return Executor(plan, target)
 
 
-def load_library(path: Path, workspace: int, scratch: int, inputs: Iterable[Spec], outputs: Iterable[Spec]) -> Executor:
-    """The executor of a library; its weights stay where the loader mapped them."""
-    name = str(path.resolve())  # dlopen searches the system's folders for a name without a slash
-    module = tvm.runtime.load_module(name)
-    weights = np.ctypeslib.as_array((ctypes.c_uint8 * 1).in_dll(ctypes.CDLL(name), WEIGHTS_SYMBOL))
-    return Executor(module, weights, workspace, scratch, inputs, outputs)
+def link_model(plan: Plan, target: Target, threads: int) -> Model:
+    """``plan`` as it would ship, opened to run on ``threads`` threads; its file is gone when it has been mapped.
+
+    Inputs and outputs are called ``input_0``, ``output_0``, and so on.
+    """
+    with tempfile.TemporaryDirectory(prefix="pumice-") as folder:
+        path = Path(folder, "model.so")
+        write_library(plan, target, plain_manifest(plan, target), path)
+        return Model(Library(path), threads)
+
+
+def plain_manifest(plan: Plan, target: Target) -> dict[str, object]:
+    """The manifest of a plan of which no more is known than itself."""
+    tensors = {
+        f"{kind}s": [
+            {"name": f"{kind}_{number}", "shape": list(shape), "dtype": dtype}
+            for number, (shape, dtype) in enumerate(specs)
+        ]
+        for kind, specs in (("input", plan.inputs), ("output", plan.outputs))
+    }
+    wanted = {"name": target.name, "architecture": target.architecture, "features": sorted(target.features)}
+    return {"target": wanted, **tensors, "layers": [], "versions": {}}

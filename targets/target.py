@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
 from tvm.target.codegen import llvm_get_system_cpu, llvm_is_valid_cpu
 
 from pumice.errors import UnsupportedError
+from pumice.targets.boards import NO_SVE, WIDE, Gpu, cpus, gpus
 from pumice.targets.detect import cpuinfo_words, host_architecture, host_features, native_attributes
+from pumice.targets.isa import Isa, isa
 
 _TRIPLES = {"x86_64": "x86_64-linux-gnu", "aarch64": "aarch64-linux-gnu"}
-
-# LLVM tunes x86-64-v4 for vectors of 256 bits; the kernels count on 512.
-_WIDE = "-prefer-256-bit"
 
 # LLVM 22's loop vectorizer takes `x[i % 4]` for `x[i]` where the modulus is a power of two and the vector longer:
 # a tile of a small tensor came out wrong on AVX-512. The kernels write their vectors out and do not need it.
@@ -24,65 +23,100 @@ _NO_LOOP_VECTORIZER = "-vectorize-loops=false"
 # be predicted where the plain loop ends in one.
 _NO_REMAINDER_LOOPS = "-unroll-runtime=false"
 
-# Name -> architecture, LLVM's CPU, LLVM's attributes.
-_NAMED: dict[str, tuple[str, str, list[str]]] = {
-    "x86-64": ("x86_64", "x86-64", []),
-    "x86-64-v2": ("x86_64", "x86-64-v2", []),
-    "x86-64-v3": ("x86_64", "x86-64-v3", []),
-    "x86-64-v3-avxvnni": ("x86_64", "x86-64-v3", ["+avxvnni"]),
-    "x86-64-v4": ("x86_64", "x86-64-v4", [_WIDE]),
-    "x86-64-v4-vnni": ("x86_64", "x86-64-v4", ["+avx512vnni", _WIDE]),
-    "armv8-a": ("aarch64", "generic", ["+neon"]),
-    "armv8.2-a+dotprod": ("aarch64", "generic", ["+v8.2a", "+neon", "+dotprod"]),
+# Instruction sets of the kernels (``targets/isa.py``) with what each needs, the best first.
+_PRODUCTS: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
+    "x86_64": (
+        ("vnni512", frozenset({"avx512_vnni", "avx512bw", "avx512vl"})),
+        ("avxvnni", frozenset({"avx_vnni", "avx2"})),
+        ("avx512bw", frozenset({"avx512bw", "avx512vl"})),
+        ("avx2", frozenset({"avx2"})),
+        ("portable", frozenset()),
+    ),
+    "aarch64": (
+        ("i8mm", frozenset({"i8mm"})),
+        ("dotprod", frozenset({"asimddp"})),
+        ("neon", frozenset({"asimd"})),
+        ("portable", frozenset()),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of CPU: what LLVM generates code for, and what the kernels may use.
+    """One kind of device: what LLVM or CUDA generates code for, and what the kernels may use.
 
-    ``isa`` is the int8 dot product of the kernels, the best that ``features`` allow: ``vnni512`` (AVX-512 VNNI,
-    64 products an instruction), ``avxvnni`` (32), ``avx512bw`` and ``avx2`` (products widened to 16 bits, never
-    the saturating ``vpmaddubsw``), ``portable`` (plain code). ``features`` are the instruction sets that a CPU
-    must have to run the code, in /proc/cpuinfo's words: ``avx512_vnni``, ``asimddp``.
+    name: as the user gave it
+    tvm: TVM's target, of kind ``llvm`` or ``cuda``; the latter has the CPU that the GPU stands beside as its ``host``
+    isa: the int8 dot product of the kernels, the best that ``features`` allow. x86: ``vnni512`` (AVX-512 VNNI,
+        64 products an instruction), ``avxvnni`` (32), ``avx512bw`` and ``avx2`` (products widened to 16 bits, never
+        the saturating ``vpmaddubsw``); ARM: ``i8mm``, ``dotprod``, ``neon``; ``portable`` (plain code); ``cuda``
+    features: the instruction sets that a CPU must have to run the code, in /proc/cpuinfo's words: ``avx512_vnni``
+    kind: ``cpu`` or ``cuda``
+    gpus: the CUDA architectures that a library has code for, ``sm_80``; none for a CPU
+    is_twin: whether the kernels are those of ``isa`` in plain arithmetic, and ``tvm`` is this machine
     """
 
     name: str
     tvm: tvm.target.Target
     isa: str
     features: frozenset[str]
+    kind: str = "cpu"
+    gpus: tuple[str, ...] = ()
+    is_twin: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """``native``, a name that ``Target.names()`` lists, or a TVM target of kind ``llvm`` as JSON or tag.
 
-        Raises UnsupportedError for a name that is none of these and for a kind of device without kernels.
+        A GPU may name the CPU that it stands beside: ``sm_90@armv8-a``. Raises UnsupportedError for a name that is
+        none of these and for a kind of device without kernels.
         """
         if text == "native":
             return native_target(host_architecture(), host_features())
-        if text in _NAMED:
-            architecture, cpu, attributes = _NAMED[text]
-            return _of_llvm(text, architecture, cpu, attributes)
-        if text.startswith("sm_"):
-            raise UnsupportedError(
-                f"target '{text}': NVIDIA GPUs are not supported yet; this version compiles for CPUs: {_listed()}"
-            )
+        if text in cpus():
+            cpu = cpus()[text]
+            return _of_llvm(text, cpu.architecture, cpu.model, list(cpu.attributes))
+        gpu, beside, host = text.partition("@")
+        if gpu in gpus() and (not beside or host in cpus()):
+            return _of_cuda(text, gpus()[gpu], Target.parse(host or gpus()[gpu].host))
         return _of_tvm(text)
 
     @staticmethod
     def names() -> list[str]:
         """The names that ``parse`` knows, besides TVM's own."""
-        return ["native", *_NAMED]
+        return ["native", *cpus(), *gpus()]
+
+    @property
+    def instructions(self) -> Isa:
+        """What kernels need to know of ``isa``."""
+        found = isa(self.isa)
+        return found.twin() if self.is_twin else found
+
+    @property
+    def runs_on_gpu(self) -> bool:
+        """Whether kernels are bound to a GPU's threads; those of the twin are not."""
+        return self.kind == "cuda"
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine's CPU has what the code needs."""
+        return self.kind == "cpu" and self.architecture == host_architecture() and self.features <= host_features()
+
+    def twin(self) -> Target:
+        """This target as any machine can stand in for it: the same kernels on the same bytes, computed here."""
+        here = Target.parse("native")
+        return replace(self, tvm=here.tvm, features=here.features, kind="cpu", gpus=(), is_twin=True)
 
     @property
     def architecture(self) -> str:
-        """``x86_64`` or ``aarch64``."""
-        return _architecture(str(self.tvm.attrs["mtriple"]))
+        """``x86_64`` or ``aarch64``; of a GPU's machine that of its CPU."""
+        return _architecture(self.triple)
 
     @property
     def triple(self) -> str:
-        """LLVM's triple: architecture, system and ABI."""
-        return str(self.tvm.attrs["mtriple"])
+        """LLVM's triple of the CPU: architecture, system and ABI."""
+        cpu = self.tvm if self.kind == "cpu" else self.tvm.host
+        return str(cpu.attrs["mtriple"])
 
 
 def native_target(architecture: str, features: frozenset[str]) -> Target:
@@ -95,8 +129,7 @@ def native_target(architecture: str, features: frozenset[str]) -> Target:
     if not llvm_is_valid_cpu(cpu, _TRIPLES[architecture]):
         cpu = "x86-64" if architecture == "x86_64" else "generic"
     attributes = native_attributes(architecture, features)
-    if architecture == "x86_64":
-        attributes.append(_WIDE)
+    attributes.append(WIDE if architecture == "x86_64" else NO_SVE)
     return _of_llvm("native", architecture, cpu, attributes)
 
 
@@ -105,6 +138,12 @@ def _of_llvm(name: str, architecture: str, cpu: str, attributes: list[str]) -> T
     if attributes:
         config["mattr"] = attributes
     return _wrap(name, tvm.target.Target(config), architecture)
+
+
+def _of_cuda(name: str, gpu: Gpu, host: Target) -> Target:
+    """Kernels written for the oldest of the architectures; nvcc compiles them for each."""
+    device = tvm.target.Target({"kind": "cuda", "arch": gpu.architectures[0]}, host=host.tvm)
+    return Target(name, device, "cuda", host.features, "cuda", gpu.architectures)
 
 
 def _of_tvm(text: str) -> Target:
@@ -118,7 +157,8 @@ def _of_tvm(text: str) -> Target:
         ) from error
     if str(target.kind.name) != "llvm":
         raise UnsupportedError(
-            f"target '{text}': TVM targets of kind '{target.kind.name}' are not supported yet, only kind 'llvm'"
+            f"target '{text}': TVM targets of kind '{target.kind.name}' have no kernels here: give one of kind 'llvm', "
+            f"or one of {_listed()}"
         )
     config = {"kind": "llvm", **{str(key): value for key, value in target.attrs.items()}}
     triple = str(config.get("mtriple", _TRIPLES.get(host_architecture(), host_architecture())))
@@ -140,17 +180,12 @@ def _wrap(name: str, target: tvm.target.Target, architecture: str) -> Target:
     config["cl-opt"] = [*map(str, config.get("cl-opt", [])), _NO_LOOP_VECTORIZER, _NO_REMAINDER_LOOPS]
     target = tvm.target.Target(config)
     features = cpuinfo_words(target, architecture)
-    return Target(name, target, _choose_isa(features) if architecture == "x86_64" else "portable", features)
+    return Target(name, target, _choose_isa(architecture, features), features)
 
 
-def _choose_isa(features: frozenset[str]) -> str:
-    if {"avx512_vnni", "avx512bw", "avx512vl"} <= features:
-        return "vnni512"
-    if {"avx_vnni", "avx2"} <= features:
-        return "avxvnni"
-    if {"avx512bw", "avx512vl"} <= features:
-        return "avx512bw"
-    return "avx2" if "avx2" in features else "portable"
+def _choose_isa(architecture: str, features: frozenset[str]) -> str:
+    """The first whose needs the features meet."""
+    return next(name for name, needs in _PRODUCTS[architecture] if needs <= features)
 
 
 def _architecture(triple: str) -> str:

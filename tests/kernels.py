@@ -6,14 +6,16 @@ asking the code under test. Outputs are handed over full of garbage, so that wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import arm
 import numpy as np
 import pytest
 import tvm
 
-from pumice.schedules.blocks import Blocks, dense_blocks, expand_groups, sparse_blocks
-from pumice.schedules.convolution import Convolution, convolution, offsets
+from pumice.schedules.blocks import Blocks, dense_blocks, expand_groups, has_lowest_pairs, sparse_blocks
+from pumice.schedules.convolution import Convolution, convolution, offsets, row_order
 from pumice.schedules.epilogue import Epilogue
 from pumice.schedules.gemv import Gemv, gemv
 from pumice.schedules.geometry import Geometry, Window
@@ -61,12 +63,32 @@ def run_kernel(function: tvm.tirx.PrimFunc, isa_name: str, *arrays: np.ndarray) 
 
 
 def run_kernel_for(function: tvm.tirx.PrimFunc, isa_name: str, *arrays: np.ndarray, outputs: int) -> list[np.ndarray]:
-    """The same for a kernel whose last ``outputs`` arrays are outputs."""
+    """The same for a kernel whose last ``outputs`` arrays are outputs; packed bytes are turned where they must be."""
+    turned = _turned(isa_name, function, arrays)
+    if isa_name in arm.TARGETS:
+        results = arm.run_kernel_for(function, isa_name, *turned, outputs=outputs)
+        return _turned(isa_name, function, results)
     named = function.with_attr("global_symbol", "kernel")
     library = tvm.compile(tvm.IRModule({"kernel": named}), target=Target.parse(TARGETS[isa_name]).tvm)
-    tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in turned]
     library["kernel"](*tensors)
     return [tensor.numpy() for tensor in tensors[-outputs:]]
+
+
+def _turned(isa_name: str, function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``x ^ 0x80`` of each array of packed bytes, where ``sdot`` and the like want them so."""
+    sign, names = isa(isa_name).sign, [str(var.name) for var in function.params][-len(arrays) :]
+    return [
+        array ^ np.uint8(sign) if array.dtype == np.uint8 and name not in ("columns", "table") else array
+        for name, array in zip(names, arrays, strict=True)
+    ]
+
+
+def packed_bias(isa_name: str, bias: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The bias that goes with turned bytes: ``sum(x * w) = sum((x - 128) * w) + 128 * sum(w)``."""
+    if weight.dtype != np.int8:
+        return bias
+    return bias + isa(isa_name).sign * weight.reshape(len(weight), -1).sum(axis=1, dtype=np.int32)
 
 
 def positions_of(geometry: Geometry) -> np.ndarray:
@@ -166,6 +188,7 @@ def convolve(
     after: tuple[int, int] | None = None,
     threads: int = 1,
     tiling: Tiling | None = None,
+    ordered: bool | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The convolution kernel on NCHW ``x``: the result as NCHW, and what lies in its padding."""
     epilogue = epilogue or Epilogue()
@@ -178,13 +201,17 @@ def convolve(
     if tiling is None:
         extent = Extent.of(weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2), places, isa(isa_name))
         tiling = tilings(extent, DENSE if form == "dense" else Form(int(form[0])), isa(isa_name), threads)[-1]
+    if form != "dense" and (isa(isa_name).orders_rows if ordered is None else ordered):
+        blocks = blocks.ordered(tiling.rows // 4)
+    order = np.arange(blocks.rows) if blocks.order is None else blocks.order
     blocks = blocks.tiled(tiling.words)
     work = Convolution.of(blocks, source.shape[0], places, tiling, epilogue, threads)
     is_int8 = x.dtype == np.uint8
     zero = np.zeros(n, np.int32 if is_int8 else np.float32)
     arguments = [source, blocks.data, offsets(blocks, places), *([] if blocks.starts is None else [blocks.starts])]
-    arguments.append(padded(zero if bias is None else bias, blocks.rows))
-    arguments += [padded(m, blocks.rows)] if is_int8 and m is not None else []
+    arguments += [] if blocks.order is None else [row_order(blocks.order)]
+    arguments.append(padded(packed_bias(isa_name, zero if bias is None else bias, weight), blocks.rows)[order])
+    arguments += [padded(m, blocks.rows)[order]] if is_int8 and m is not None else []
     if residual is not None:
         arguments.append(packed_of(residual, target, 99 if residual.dtype == np.uint8 else 9.9))
     arguments += [np.where(is_padding(target), 0, -1).astype(np.int32)] if target.is_padded else []
@@ -213,20 +240,22 @@ def multiply_by(
     residual: np.ndarray | None = None,
     threads: int = 1,
 ) -> np.ndarray:
-    """The gemv kernel: ``weight`` ``[N, K]`` times ``x`` ``[K]``, all N outputs."""
+    """The gemv kernel: ``weight`` ``[N, K]`` times ``x`` ``[K]`` or ``[positions, K]``, all N outputs of each."""
     epilogue = epilogue or Epilogue()
-    count = len(weight)
-    is_int8 = weight.dtype == np.int8
-    slices = slice_rows(weight[:, None, :], isa(isa_name), sparse)
-    rows = -(-count // 4) * 4
-    work = Gemv("int8" if is_int8 else "float32", slices.words, rows, slices.work, not sparse, epilogue, threads)
-    depth = 4 if is_int8 else 1
-    x_stored = np.full(-(-len(x) // 4) * 4, 99 if is_int8 else np.nan, x.dtype)  # whole words or quads of rows
-    x_stored[: len(x)] = x
-    arguments = [x_stored.reshape(-1, 1, depth), slices.data]
+    is_int8, n, xs = weight.dtype == np.int8, len(weight), np.atleast_2d(x)
+    tokens = Geometry.of_tokens(len(xs))
+    slices = slice_rows(weight[:, None, :], isa(isa_name), sparse, len(xs))
+    work = Gemv("int8" if is_int8 else "float32", slices.words, -(-n // 4) * 4, slices.work, not sparse, epilogue,
+                threads, len(xs), has_lowest_pairs(slices.data))  # fmt: skip
+
+    def stored(values: np.ndarray, fill: Any) -> np.ndarray:
+        return packed_of(np.atleast_2d(values).T[None, :, None, :], tokens, fill)
+
+    arguments = [stored(xs, 99 if is_int8 else np.nan), slices.data]
     arguments += [] if slices.lists is None else slices.lists.arrays.values()
-    arguments += [slices.per_row(bias), *([] if m is None else [slices.per_row(m)])]
-    shape = (rows // 4, 1, 4) if epilogue.output == "uint8" else (rows, 1, 1)
-    arguments += [] if residual is None else [padded(residual, rows).reshape(shape)]
+    arguments += [slices.per_row(packed_bias(isa_name, bias, weight)), *([] if m is None else [slices.per_row(m)])]
+    arguments += [] if residual is None else [stored(residual, 99 if residual.dtype == np.uint8 else np.nan)]
+    shape = (work.rows // 4, work.pitch, 4) if epilogue.output == "uint8" else (work.rows, work.pitch, 1)
     y = run_kernel(gemv(work, isa(isa_name)), isa_name, *arguments, garbage(shape, epilogue.output))
-    return y.reshape(-1)[:count]
+    np.testing.assert_array_equal(y[:, len(xs) :], garbage(y[:, len(xs) :].shape, epilogue.output))
+    return unpacked(y, tokens, n)[0, :, 0, :].T.reshape(*x.shape[:-1], n)

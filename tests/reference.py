@@ -234,7 +234,14 @@ def hard_swish32(x: np.ndarray) -> np.ndarray:
     return x * (np.clip(x + f(3), f(0), f(6)) * f(1 / 6))
 
 
+def leaky_relu32(x: np.ndarray, slope: float = 0.01) -> np.ndarray:
+    """``x``, below zero ``slope * x``."""
+    x = np.asarray(x, np.float32)
+    return np.where(x < 0, x * np.float32(slope), x)
+
+
 FUNCTIONS = {
+    "nn.leakyrelu": leaky_relu32,
     "tanh": tanh32,
     "sigmoid": sigmoid32,
     "hard_sigmoid": hard_sigmoid32,

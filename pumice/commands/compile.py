@@ -31,8 +31,19 @@ def add_parser(commands: Commands) -> None:
         "--target",
         default="native",
         metavar="NAME",
-        help="native (this machine), x86-64-v3, x86-64-v4, x86-64-v4-vnni, ..., or a TVM target as JSON",
+        help="native (this machine), x86-64-v4-vnni, armv8.2-a+dotprod, raspberry-pi-5, ...: `pumice targets` lists "
+        "them; or a TVM target as JSON",
     )
+    libc = parser.add_mutually_exclusive_group()
+    libc.add_argument(
+        "--glibc",
+        dest="libc",
+        type="glibc-{}".format,
+        metavar="VERSION",
+        help="link for a box with this glibc or a newer one, as in 2.28 (with `pip install ziglang`; default: the "
+        "glibc of this system's compiler)",
+    )
+    libc.add_argument("--musl", dest="libc", action="store_const", const="musl", help="link for a box with musl")
     parser.add_argument(
         "--calibration-method",
         default="minmax",
@@ -42,6 +53,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--no-equalize", action="store_true", help="do not scale channels to one range before")
     parser.add_argument("--no-correct-bias", action="store_true", help="do not take mean rounding errors out of biases")
     parser.add_argument("--no-layer-errors", action="store_true", help="do not measure the SNR of each layer: quicker")
+    parser.add_argument(
+        "--no-check", action="store_true", help="store nothing for `pumice verify`: no sample of the calibration data"
+    )
     parser.add_argument("--tuning-db", metavar="FILE", help="choose kernels by the times that `pumice tune` measured")
     parser.add_argument("--json", action="store_true", help="the manifest as JSON instead of the table")
 
@@ -49,8 +63,8 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compile, write, report."""
     from pumice.driver import compile_model
+    from pumice.files import check_destination
     from pumice.report_table import clean, format_bytes
-    from pumice.targets.library import check_destination
 
     output = Path(args.output)
     check_destination(output)
@@ -63,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
         correct_bias=not args.no_correct_bias,
         measure_errors=not args.no_layer_errors,
         tuning_db=args.tuning_db,
+        libc=args.libc,
+        check=not args.no_check,
         progress=show_progress,
         **model_options(args),
     )

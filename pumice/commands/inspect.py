@@ -1,4 +1,4 @@
-"""``pumice inspect``: what a model, or a compiled library, holds."""
+"""``pumice inspect``: what a model, a compiled library or a bundle holds."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands,
         "inspect",
-        "show the layers of a model or of a compiled library: shapes, zeros, kernels",
+        "show the layers of a model or a compiled library: shapes, zeros, kernels; or what is in a bundle",
         "pumice inspect model.onnx --input image=1x3x224x224",
     )
-    parser.add_argument("model", metavar="MODEL|OUT.so", help="a model file, or a library compiled for any machine")
+    parser.add_argument("model", metavar="MODEL|OUT.so|OUT.pum", help="a model, or what it was compiled to")
     add_input_shapes(parser)
     parser.add_argument("--masks", metavar="FILE", help=".safetensors or .npz of 0/1 arrays by weight name")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table of a library's manifest, or of a model's layers as they are before compilation."""
-    from pumice.report_table import format_report
+    """Print the table of a library's manifest, or of a model's layers as they are before compilation.
 
-    if _is_library(Path(args.model)):
-        from pumice.targets.manifest import read_manifest
+    Nothing of a library is executed.
+    """
+    from pumice.loader import Bundle, is_bundle, read_manifest
+    from pumice.report_table import format_report, format_variants
 
-        description = read_manifest(args.model)
+    path = Path(args.model)
+    if is_bundle(path):
+        variants = [variant.to_json() for variant in Bundle(path).variants]
+        print(json.dumps({"variants": variants}, indent=2) if args.json else format_variants(variants))
+        return
+    if _is_library(path):
+        description = read_manifest(path)
     else:
         from pumice.driver import inspect_model
 

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     """Load, run, write, and say what came out."""
     from pumice.arrays import read_arrays, write_arrays
     from pumice.artifact import load
+    from pumice.files import check_destination
     from pumice.report_table import clean, format_table
-    from pumice.targets.library import check_destination
 
     if args.outputs:
         check_destination(args.outputs)

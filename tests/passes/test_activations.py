@@ -36,6 +36,11 @@ SPELLINGS = {
         ),
     ],
     "nn.gelu_tanh": [lambda e, x: op.nn.gelu_tanh(x)],
+    "nn.leakyrelu": [
+        lambda e, x: op.nn.leakyrelu(x, 0.2),
+        lambda e, x: op.maximum(x, e(op.multiply(c(0.2), x))),
+        lambda e, x: op.add(e(op.multiply(x, c(0.6))), e(op.multiply(e(op.abs(x)), c(0.4)))),
+    ],
     "tanh": [lambda e, x: op.tanh(x)],
     "sigmoid": [
         lambda e, x: op.sigmoid(x),
@@ -57,6 +62,7 @@ def test_every_spelling(name, index):
     activation = found(net, y, net.emit(op.exp(z)))
     assert activation is not None and activation.name == name
     assert activation.members[-1].same_as(z)
+    assert activation.parameters == (pytest.approx((0.2,)) if name == "nn.leakyrelu" else ())
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,9 @@ def test_every_spelling(name, index):
         lambda e, x: op.multiply(x, e(op.sigmoid(e(op.multiply(x, c(1.702)))))),
         lambda e, x: op.nn.softmax(x),
         lambda e, x: op.multiply(x, x),
+        lambda e, x: op.nn.relu(x),
+        lambda e, x: op.multiply(x, c(1.0)),
+        lambda e, x: op.minimum(x, e(op.multiply(x, c(0.2)))),  # leaks above zero
     ],
 )
 def test_what_is_none(build):

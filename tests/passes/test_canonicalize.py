@@ -62,6 +62,18 @@ ACTIVATIONS = {
         lambda x: relax.op.clip(x, f32(2.0), f32(2.0)),
     ),
     "relu of relu": (lambda b, x: relax.op.nn.relu(b.emit(relax.op.nn.relu(x))), relax.op.nn.relu),
+    "one slope below zero": (
+        lambda b, x: relax.op.maximum(x, b.emit(relax.op.multiply(relax.const(0.25), x))),
+        lambda x: relax.op.nn.leakyrelu(x, 0.25),
+    ),
+    "the same slope for all channels": (
+        lambda b, x: relax.op.nn.prelu(x, relax.const(np.full(x.ty.shape[-1], 0.25, np.float32)), -1),
+        lambda x: relax.op.nn.leakyrelu(x, 0.25),
+    ),
+    "leaks above zero": (
+        lambda b, x: relax.op.maximum(x, b.emit(relax.op.multiply(relax.const(1.25), x))),
+        lambda x: relax.op.maximum(x, relax.op.multiply(relax.const(1.25), x)),
+    ),
     "TOPI's functions": (
         lambda b, x: b.emit_te(topi.minimum, b.emit_te(topi.maximum, x, relax.const(0.0)), relax.const(6.0)),
         lambda x: relax.op.clip(x, f32(0.0), f32(6.0)),

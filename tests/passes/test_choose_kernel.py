@@ -7,7 +7,7 @@ from pumice.passes import choose_kernel
 from pumice.passes.choose_kernel import Chooser, candidates, choose_slices
 from pumice.passes.layer_kernel import LayerWork, Numbers
 from pumice.schedules.blocks import Blocks, expand_groups
-from pumice.schedules.costs import break_even, costs_of, estimate
+from pumice.schedules.costs import break_even, costs_of, estimate, price_of_entry
 from pumice.schedules.epilogue import Epilogue, Residual
 from pumice.schedules.geometry import Geometry, Window
 from pumice.schedules.measurements import Machine, Measurement, Measurements
@@ -206,3 +206,48 @@ def test_the_wide_space_holds_the_narrow_one(name, words):
             (t.vectors, t.words) for t in wide
         }
         assert all(t.vectors * form.shared < isa(name).registers and t.rows % 4 == 0 for t in wide)
+
+
+def few_positions(count, rows):
+    """A linear layer with ``count`` rows of input."""
+    tokens = Geometry.of_tokens(count)
+    numbers = Numbers(rows, np.zeros(len(rows), np.int32), np.ones(len(rows), np.float32))
+    return LayerWork("fc", numbers, Places(Window((1, 1)), tokens, tokens), rows.shape[2] // 4, Epilogue(), 1)
+
+
+@pytest.mark.parametrize("name", ISAS)
+@pytest.mark.parametrize("zeros", [0.0, 0.95])
+def test_few_rows_are_in_slices_where_these_cost_less(name, zeros):
+    rows = rows_with(zeros, n=256, c=1024)
+    for count in (1, 2, 8):
+        work, costs = few_positions(count, rows), costs_of(name, "int8")
+        choice = Chooser().choose(work, isa(name))
+        blocks = choose_kernel.choose_blocks(rows, work.places, isa(name))
+        slices = choose_slices(rows, isa(name), positions=count)
+        extent = Extent.of(rows, work.places, isa(name))
+        form = Form(blocks.weight.shared, blocks.weight.is_dense)
+        block_time = estimate(
+            extent, form, len(blocks.weight.data) if not form.is_dense else 64 * 256, blocks.tiling, costs
+        )
+        slice_time = slices.weight.work * price_of_entry(slices.weight.is_dense, count, costs)
+        assert isinstance(choice.weight, Slices) == (count == 1 or slice_time < block_time)
+        assert choice.kernel == (slices if isinstance(choice.weight, Slices) else blocks).kernel
+    assert isinstance(Chooser().choose(few_positions(2, rows), isa(name)).weight, Slices)
+
+
+def test_measured_times_of_few_rows():
+    work = few_positions(3, rows_with(0.9, c=1024))
+    found = candidates(work, isa("vnni512"))
+    assert found[:2] == [(DENSE, None), (Form(1), None)] and len(found) > 4 and all(tiling for _, tiling in found[2:])
+    for best in (found[0], found[1], found[-1]):
+        times = {candidate: 1.0 if candidate == best else 2.0 for candidate in found}
+        choice = Chooser(measured=measured(work, times)).choose(work, isa("vnni512"))
+        assert (choice.tiling, choice.weight.is_dense) == (best[1], best[0].is_dense)
+        assert choice.kernel.startswith("gemv") == (best[1] is None)
+
+
+def test_a_map_whose_taps_are_pixels_of_their_own_is_not_in_slices():
+    """A kernel of 2 x 2 with stride 2 on 2 x 2 pixels: one position, and four stride phases."""
+    one = Geometry.of_tokens(1)
+    places = Places(Window((2, 2), (2, 2)), one, one)
+    assert not isinstance(choose_kernel.choose_form(rows_with(0.0, taps=4), places, isa("vnni512")).weight, Slices)

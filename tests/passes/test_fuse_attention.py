@@ -7,8 +7,6 @@ import pytest
 from scripted import assert_rewrites, assert_same_numbers, bindings, scripted
 from tvm import relax
 from tvm.relax import op
-from tvm.script import ir as I
-from tvm.script import relax as R
 from tvm.script import tirx as T
 
 from pumice.passes import FuseAttention
@@ -19,46 +17,6 @@ LOWEST = float(np.finfo(np.float32).min)
 
 def c(value):
     return relax.const(value, "float32")
-
-
-def test_projections_and_mask():
-    @I.ir_module
-    class Before:
-        @R.function
-        def main(
-            x: R.Tensor((2, 5, 12), "float32"), y: R.Tensor((2, 7, 12), "float32"), z: R.Tensor((2, 7, 12), "float32"),
-            mask: R.Tensor((2, 1, 1, 7), "float32"),
-        ):  # fmt: skip
-            R.func_attr({"num_input": 4})
-            with R.dataflow():
-                q = R.permute_dims(R.reshape(x, (2, 5, 3, 4)), [0, 2, 1, 3])
-                k = R.permute_dims(R.reshape(y, (2, 7, 3, 4)), [0, 2, 3, 1])
-                v = R.permute_dims(R.reshape(z, (2, 7, 3, 4)), [0, 2, 1, 3])
-                s = R.add(R.divide(R.matmul(q, k), R.const(2.0, "float32")), mask)
-                o = R.matmul(R.nn.softmax(s, axis=-1), v)
-                r = R.reshape(R.permute_dims(o, [0, 2, 1, 3]), (2, 5, 12))
-                R.output(r)
-            return r
-
-    @I.ir_module
-    class Expected:
-        @R.function
-        def main(
-            x: R.Tensor((2, 5, 12), "float32"), y: R.Tensor((2, 7, 12), "float32"), z: R.Tensor((2, 7, 12), "float32"),
-            mask: R.Tensor((2, 1, 1, 7), "float32"),
-        ):  # fmt: skip
-            R.func_attr({"num_input": 4})
-            with R.dataflow():
-                q = R.reshape(x, (2, 5, 3, 4))
-                k = R.reshape(y, (2, 7, 3, 4))
-                v = R.reshape(z, (2, 7, 3, 4))
-                a = R.nn.attention(q, k, v, mask, scale=T.FloatImm("float32", 0.5))
-                r = R.reshape(a, (2, 5, 12))
-                R.output(r)
-            return r
-
-    before = scripted(relax.transform.Normalize()(Before))
-    assert_same_numbers(before, assert_rewrites(before, scripted(Expected), FuseAttention()))
 
 
 def module(build, shape=(B, LENGTH, 3 * H * C), extra=()):
@@ -114,6 +72,26 @@ def one_axis_for_batch_and_heads(e, x):
     o = e(op.matmul(e(op.nn.softmax(scores, axis=-1)), v))
     o = e(op.permute_dims(e(op.reshape(o, (B, H, LENGTH, C))), [0, 2, 1, 3]))
     return op.reshape(o, (B, LENGTH, H * C))
+
+
+def test_projections_and_mask():
+    def heads(e, *projections):
+        return [e(op.reshape(x, (B, int(x.ty.shape[1]), H, C))) for x in projections]
+
+    def spelled_out(e, x, y, z, mask):
+        q, k, v = (
+            e(op.permute_dims(part, order))
+            for part, order in zip(heads(e, x, y, z), ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+        )
+        return weighted(e, e(op.add(e(op.divide(e(op.matmul(q, k)), c(2.0))), mask)), v)
+
+    def fused(e, x, y, z, mask):
+        attention = e(op.nn.attention(*heads(e, x, y, z), mask, scale=T.FloatImm("float32", 0.5)))
+        return op.reshape(attention, (B, LENGTH, H * C))
+
+    keys = (B, 7, H * C)
+    before, expected = (module(build, (B, LENGTH, H * C), (keys, keys, (B, 1, 1, 7))) for build in (spelled_out, fused))
+    assert_same_numbers(before, assert_rewrites(before, expected, FuseAttention()))
 
 
 @pytest.mark.parametrize(

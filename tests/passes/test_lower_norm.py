@@ -50,7 +50,7 @@ def test_linear_residual_norm_linear_equals_the_definition(shape, centres):
     assert [name for name in called[first + 1 : second] if "norm" not in name] == []
 
 
-@pytest.mark.parametrize("operator", ["gelu", "gelu_tanh", "silu", "sigmoid", "hard_swish"])
+@pytest.mark.parametrize("operator", ["gelu", "gelu_tanh", "silu", "sigmoid", "hard_swish", "leakyrelu"])
 @pytest.mark.parametrize("shape", [(7, 12), (1, 12)])
 def test_a_function_between_two_layers_equals_the_definition(operator, shape):
     net = QuantizedNet(*shape)

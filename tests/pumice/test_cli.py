@@ -214,8 +214,8 @@ def test_4_is_a_library_for_another_cpu(run, altered, image_path):
 
 
 def test_5_is_a_missing_tool(run, monkeypatch, tmp_path, model_path, library):
-    monkeypatch.setattr("pumice.targets.library.shutil.which", lambda name: None)
-    monkeypatch.setattr("pumice.targets.library.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("pumice.targets.toolchain.shutil.which", lambda name: None)
+    monkeypatch.setattr("pumice.targets.toolchain.importlib.util.find_spec", lambda name: None)
     code, _, err = run("compile", model_path, "-o", tmp_path / "model.so", *PINNED, "--no-quantize")
     assert code == 5
     assert "apt-get install gcc" in err

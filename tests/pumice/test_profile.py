@@ -51,9 +51,8 @@ def test_times_are_medians_less_the_cost_of_a_call(monkeypatch):
 
     clock = Clock()
 
-    class Fake:
-        def run(self, first=0, last=2):
-            clock.now += 1000 + sum([4000, 12_000][first:last])
+    def run(first=0, last=2):
+        clock.now += 1000 + sum([4000, 12_000][first:last])
 
     def call():
         clock.now += 30_000
@@ -61,7 +60,7 @@ def test_times_are_medians_less_the_cost_of_a_call(monkeypatch):
     monkeypatch.setattr(profile, "time", clock)
     steps = [{"kernel": "pack", "layer": ""}, {"kernel": "layer_a", "layer": "a"}]
     layers = [LayerRecord("a", "linear", "a.weight", (4, 4), macs=6000, sparsity=0.75, kernel="dense")]
-    result = profile_steps(Fake(), call, steps, layers, 0.001)
+    result = profile_steps(run, call, steps, layers, 0.001)
     pack, layer = result.steps
     assert (pack.name, pack.median_us, pack.gops) == ("pack", 4.0, None)
     assert (layer.name, layer.median_us, layer.share) == ("a", 12.0, 0.75)

@@ -157,8 +157,8 @@ def test_float_layers_are_measured_too(tmp_path, samples):
 def test_kernels_that_disagree_are_named(tmp_path, monkeypatch):
     weight_in = kernel_times.weight_in
 
-    def wrong(rows, candidate, isa):
-        return weight_in(rows if candidate[0].is_dense else rows // 2, candidate, isa)
+    def wrong(rows, candidate, isa, places):
+        return weight_in(rows if candidate[0].is_dense else rows // 2, candidate, isa, places)
 
     monkeypatch.setattr(kernel_times, "weight_in", wrong)
     with pytest.raises(

@@ -26,7 +26,7 @@ POSITIONS = 208
 def run(isa_name, acc, scale, epilogue, residual=None, saturates_late=False):
     """The epilogue of four rows ``[4, POSITIONS]``: words of bytes, or float32."""
     lanes, packed = isa(isa_name).lanes, epilogue.output == "uint8"
-    make = round_unsaturated if saturates_late else finish
+    make, by = (round_unsaturated, isa(isa_name)) if saturates_late else (finish, lanes)
 
     def body():
         shape = (4 * POSITIONS,)
@@ -39,16 +39,17 @@ def run(isa_name, acc, scale, epilogue, residual=None, saturates_late=False):
             if r is not None and packed:
                 r = centred_residual(r, epilogue, lanes)
             factor = emit.splat(buffers[1][row], lanes)
-            return make(emit.load(buffers[0], row * POSITIONS + at, lanes), factor, r, epilogue, lanes)
+            return make(emit.load(buffers[0], row * POSITIONS + at, lanes), factor, r, epilogue, by)
 
         def late(values):
-            pairs = [pack_pair(*values[i : i + 2], epilogue, lanes) for i in (0, 2)]
-            return pack_words(*pairs, epilogue, lanes)
+            pairs = [pack_pair(*values[i : i + 2], epilogue, isa(isa_name)) for i in (0, 2)]
+            return pack_words(*pairs, epilogue, isa(isa_name))
 
         with emit.loop(POSITIONS // lanes) as i:
             values = [one(row, i * lanes) for row in range(4)]
             if packed:
-                word = late(values) if saturates_late else emit.pack_bytes(values, lanes)
+                plain = emit.pack_bytes(values, lanes)
+                word = late(values) if saturates_late else emit.turn(plain, isa(isa_name), lanes)
                 emit.store(buffers[-1], i * lanes, word, lanes)
             else:
                 for row, value in enumerate(values):

@@ -33,6 +33,7 @@ DEFINITIONS = {
     "hard_sigmoid": lambda x: np.clip(x / 6 + 0.5, 0, 1),
     "hard_swish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
     "nn.silu": lambda x: x / (1 + np.exp(-x)),
+    "nn.leakyrelu": lambda x, slope=0.01: np.where(x < 0, slope * x, x),
     "nn.gelu": lambda x: 0.5 * x * (1 + ERF(x / math.sqrt(2))),
     "nn.gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
 }

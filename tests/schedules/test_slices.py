@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pumice.schedules.slices import UNROLL, sharing, slice_rows
+from pumice.schedules.slices import UNROLL, sharing, slice_rows, window
 from pumice.targets.isa import isa
 
 
@@ -22,23 +22,25 @@ def matrix(rng, n, k, density):
     k=st.integers(1, 1500),
     density=st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]),
     dtype=st.sampled_from([np.int8, np.float32]),
+    positions=st.sampled_from([1, 2]),
 )
-def test_sparse_slices_hold_every_block_once(isa_name, seed, n, k, density, dtype):
+def test_sparse_slices_hold_every_block_once(isa_name, seed, n, k, density, dtype, positions):
     target = isa(isa_name)
     depth = 4 if dtype == np.int8 else 1
     weight = (matrix(np.random.default_rng(seed), n, k, density)).astype(dtype)
-    slices = slice_rows(weight[:, None, :], target, sparse=True)
+    slices = slice_rows(weight[:, None, :], target, True, positions)
+    width = window(target, positions)
     lists, words = slices.lists, -(-k // depth)
     assert slices.words == words and slices.work == len(slices.data)
     # Nothing outside the input is read, unless the input is narrower than a window: the kernel then makes a copy.
-    assert (lists.windows >= 0).all() and (lists.windows <= max(words - target.window, 0)).all()
-    assert (lists.columns < target.window).all()
+    assert (lists.windows >= 0).all() and (lists.windows <= max(words - width, 0)).all()
+    assert (lists.columns < width).all()
     assert lists.starts[0] == 0 and (np.diff(lists.starts) >= 0).all() and lists.starts[-1] * UNROLL == slices.work
     stored = -(-n // target.lanes) * target.lanes
     np.testing.assert_array_equal(np.sort(lists.order), np.arange(stored))
     rows = -(-n // 4) * 4
     np.testing.assert_array_equal(np.sort(lists.order[:rows]), np.arange(rows))  # what is not stored comes last
-    word = np.repeat(lists.windows, sharing(target))[:, None] + lists.columns
+    word = np.repeat(lists.windows, sharing(target, positions))[:, None] + lists.columns
     which = np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts) * UNROLL)
     row = lists.order.reshape(-1, target.lanes)[which]
     there = slices.data.any(axis=2)

@@ -2,7 +2,6 @@
 
 import ctypes
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from tvm.script import tirx as T
 
 from pumice.schedules.copy import copy
 from pumice.targets.build import build
-from pumice.targets.executor import Executor, build_executor, load_library
-from pumice.targets.library import write_library
-from pumice.targets.plan import FIRST_INPUT, WEIGHTS, WORKSPACE, Plan, Step, View, aligned
+from pumice.targets.executor import Executor, build_executor
+from pumice.targets.plan import FIRST_INPUT, WORKSPACE, Plan, Step, View, aligned
 
 SIZE = 100
 SPEC = ((SIZE,), "uint8")
@@ -56,47 +54,6 @@ def test_a_step_runs_alone_or_with_the_others(executor):
 def test_buffers_are_aligned(executor):
     for buffer in (*executor.inputs, *executor.outputs):
         assert buffer.ctypes.data % 64 == 0
-
-
-def test_executors_share_nothing_but_the_weights(plan, tmp_path):
-    path = tmp_path / "copies.so"
-    target = NATIVE
-    manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
-    write_library(replace(plan, weights=np.arange(50, dtype=np.uint8)), target, manifest, path)
-    one, two = (load_library(path, plan.workspace, 0, plan.inputs, plan.outputs) for _ in range(2))
-    one.inputs[0][:], two.inputs[0][:] = 1, 2
-    one.run(0, 1)
-    two.run()
-    one.run(1, 2)
-    assert (one.outputs[0] == 1).all() and (two.outputs[0] == 2).all()
-
-
-def test_weights_are_mapped_on_a_page_and_read_only(plan, tmp_path):
-    path = tmp_path / "copies.so"
-    weights = np.arange(5000).astype(np.uint8)
-    manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
-    steps = (Step("copy", (View(WEIGHTS), View(FIRST_INPUT + 1))),)
-    write_library(replace(plan, weights=weights, steps=steps), NATIVE, manifest, path)
-    executor = load_library(path, plan.workspace, 0, plan.inputs, plan.outputs)
-    executor.run()
-    np.testing.assert_array_equal(executor.outputs[0], weights[:SIZE])
-    library = ctypes.CDLL(str(path))
-    address = ctypes.addressof(ctypes.c_char.in_dll(library, "pumice_weights"))
-    assert address % 4096 == 0
-    inside = [line for line in Path("/proc/self/maps").read_text().splitlines() if _holds(line, address)]
-    assert len(inside) == 1 and inside[0].split()[1] == "r--p" and str(path) in inside[0]
-
-
-def test_c_calls_the_entry(plan, tmp_path):
-    path = tmp_path / "copies.so"
-    manifest = {"target": {}, "inputs": [], "outputs": [], "layers": [], "versions": {}}
-    write_library(plan, NATIVE, manifest, path)
-    load_library(path, plan.workspace, 0, plan.inputs, plan.outputs)
-    buffers = [aligned((size,), "uint8") for size in (64, plan.workspace, 64, SIZE, SIZE)]
-    buffers[3][:] = 9
-    pointers = (ctypes.c_void_p * 5)(*(buffer.ctypes.data for buffer in buffers))
-    assert ctypes.CDLL(str(path)).pumice_steps(pointers, 0, len(plan.steps), 0, 1) == 0
-    assert (buffers[4] == 9).all()
 
 
 def test_tasks_share_a_kernel(plan):
@@ -161,8 +118,3 @@ def test_kernels_take_aligned_pointers_that_do_not_alias(plan):
     source = build(replace(plan, steps=steps), NATIVE).module.inspect_source("ll")
     (line,) = [line for line in source.splitlines() if line.startswith("define") and "@copy_compute_(" in line]
     assert line.count("noalias") == 2 and line.count("align 64") == 1
-
-
-def _holds(line: str, address: int) -> bool:
-    start, end = (int(part, 16) for part in line.split()[0].split("-"))
-    return start <= address < end

@@ -1,25 +1,36 @@
-import errno
-import os
+import ctypes
+import hashlib
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tvm
+from elf import Elf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from pumice.errors import MissingDependencyError, ModelError, UsageError
+from pumice import loader
+from pumice.errors import MissingDependencyError, ModelError
 from pumice.passes.link_steps import link_steps
-from pumice.targets import library
-from pumice.targets.executor import load_library
-from pumice.targets.library import check_destination, find_compiler, move_into_place, write_library
-from pumice.targets.manifest import SECTION, read_manifest
+from pumice.schedules.copy import copy
+from pumice.targets.executor import link_model, plain_manifest
+from pumice.targets.library import write_library
+from pumice.targets.manifest import FORMAT, SECTION, read_manifest
+from pumice.targets.plan import FIRST_INPUT, WEIGHTS, Plan, Step, View
 from pumice.targets.target import Target
 
-MANIFEST = {"target": {"name": "x86-64"}, "inputs": [], "outputs": [], "layers": [], "versions": {}, "note": "ä\n\x1b"}
+MANIFEST = {
+    "target": {"name": "x86-64", "architecture": "x86_64", "features": []},
+    "inputs": [{"name": "x", "shape": [4], "dtype": "float32"}],
+    "outputs": [{"name": "y", "shape": [4], "dtype": "float32"}],
+    "layers": [],
+    "versions": {},
+    "note": "ä\n\x1b",
+}
 
 
 @I.ir_module
@@ -41,17 +52,49 @@ def built(tmp_path_factory):
 
 
 def test_the_library_runs_and_its_manifest_comes_back(built):
-    executor = load_library(built, PLAN.workspace, PLAN.inputs, PLAN.outputs)
-    executor.inputs[0][:] = np.arange(4)
-    executor.run()
-    np.testing.assert_array_equal(executor.outputs[0], [0, 2, 4, 6])
-    steps = [{"kernel": "add", "layer": ""}]
-    assert read_manifest(built) == {"format": 2, "steps": steps, "weights": 0, "workspace": 0, **MANIFEST}
+    with loader.load(built) as model:
+        np.testing.assert_array_equal(model(np.arange(4, dtype=np.float32))["y"], [0, 2, 4, 6])
+    steps = [{"kernel": "add", "layer": "", "outputs": [16]}]
+    planned = {"steps": steps, "weights": 0, "workspace": 0, "scratch": 0, "check": None}
+    hashes = {"weights_sha256": hashlib.sha256().hexdigest()}
+    assert read_manifest(built) == {"format": FORMAT, **planned, **hashes, **MANIFEST}
+
+
+def test_it_needs_no_more_than_libc_and_shows_no_more_than_the_interface(built):
+    elf = Elf.read(built)
+    assert {name.partition(".")[0] for name in elf.needed} <= {"libc", "libm", "libpthread"}
+    assert all(name.startswith("pumice_") for name in elf.exported) and "pumice_steps" not in elf.exported
+    assert not {name for name in elf.undefined if name.startswith(("TVM", "__tvm", "__tls", "_ITM", "__gmon"))}
+
+
+def test_weights_are_mapped_on_a_page_and_read_only(tmp_path):
+    weights = np.arange(5000).astype(np.uint8)
+    steps = (Step("copy", (View(WEIGHTS), View(FIRST_INPUT)), outputs=(100,)),)
+    plan = Plan({"copy": copy(100)}, steps, weights, 0, (), (((100,), "uint8"),))
+    target, path = Target.parse("native"), tmp_path / "copy.so"
+    write_library(plan, target, plain_manifest(plan, target), path)
+    with loader.load(path) as model:
+        np.testing.assert_array_equal(model()["output_0"], weights[:100])
+        address = ctypes.addressof(ctypes.c_char.in_dll(model.library.c, "pumice_weights"))
+        assert address % 4096 == 0
+        inside = [line for line in Path("/proc/self/maps").read_text().splitlines() if _holds(line, address)]
+    assert len(inside) == 1 and inside[0].split()[1] == "r--p" and str(path) in inside[0]
+
+
+def _holds(line: str, address: int) -> bool:
+    start, end = (int(part, 16) for part in line.split()[0].split("-"))
+    return start <= address < end
+
+
+def test_a_plan_runs_as_it_would_ship():
+    with link_model(PLAN, Target.parse("native"), 2) as model:
+        np.testing.assert_array_equal(model(input_0=np.arange(4, dtype=np.float32))["output_0"], [0, 2, 4, 6])
 
 
 def test_the_same_module_gives_the_same_bytes(built, tmp_path):
     write_library(PLAN, Target.parse("x86-64"), MANIFEST, tmp_path / "again.so")
     assert (tmp_path / "again.so").read_bytes() == built.read_bytes()
+    assert str(tmp_path).encode() not in built.read_bytes()
 
 
 @pytest.mark.skipif(not shutil.which("strip"), reason="binutils is not installed")
@@ -111,25 +154,11 @@ def test_a_library_of_somebody_else_is_refused():
 
 
 def test_a_manifest_of_a_newer_format_or_without_its_parts_is_refused(built, tmp_path):
-    for old, new, says in ((b'"format":2', b'"format":3', "format 3"), (b'"layers"', b'"lawyer"', "damaged")):
+    for old, new, says in ((b'"format":3', b'"format":4', "format 4"), (b'"layers"', b'"lawyer"', "damaged")):
         path = tmp_path / "other.so"
         path.write_bytes(built.read_bytes().replace(old, new))
         with pytest.raises(ModelError, match=says):
             read_manifest(path)
-
-
-def test_without_a_compiler_the_message_says_how_to_install_one(monkeypatch):
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    for target in ("x86-64", "armv8-a"):
-        with pytest.raises(MissingDependencyError, match="apt-get install gcc"):
-            find_compiler(Target.parse(target))
-
-
-def test_zig_links_where_there_is_nothing_else(monkeypatch):
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
-    assert find_compiler(Target.parse("armv8-a"))[-1] == "aarch64-linux-gnu"
 
 
 @pytest.mark.parametrize("compiler", ["false", "true"])
@@ -141,36 +170,3 @@ def test_a_compiler_that_fails_leaves_the_old_library(monkeypatch, tmp_path, com
         write_library(PLAN, Target.parse("x86-64"), MANIFEST, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(monkeypatch, tmp_path):
-    source, path = tmp_path / "source", tmp_path / "model.so"
-    source.write_text("new")
-    path.write_text("old")
-
-    def fail(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(library.os, "fsync", fail)
-    with pytest.raises(UsageError, match="No space left"):
-        move_into_place(source, path)
-    assert path.read_text() == "old"
-    assert sorted(tmp_path.iterdir()) == [path, source]
-
-
-def test_destinations_are_checked_before_anything_is_compiled(tmp_path):
-    check_destination(tmp_path / "fine.so")
-    assert not list(tmp_path.iterdir())
-    for path in (tmp_path, tmp_path / "none" / "model.so"):
-        with pytest.raises(UsageError, match=str(path)):
-            check_destination(path)
-
-
-def test_a_device_or_pipe_is_not_replaced(tmp_path):
-    source, pipe = tmp_path / "source", tmp_path / "pipe"
-    source.write_text("new")
-    os.mkfifo(pipe)
-    for write in (check_destination, lambda path: move_into_place(source, path)):
-        with pytest.raises(UsageError, match="pipe: is a device or a pipe"):
-            write(pipe)
-    assert pipe.is_fifo()

@@ -1,7 +1,9 @@
 import pytest
+from tvm.target.codegen import llvm_is_valid_cpu
 
 from pumice.errors import UnsupportedError
 from pumice.targets import detect
+from pumice.targets.boards import LEVELS, cpus
 from pumice.targets.detect import host_features, parse_cpuinfo
 from pumice.targets.target import Target, native_target
 
@@ -19,6 +21,13 @@ V3 = {"pni", "ssse3", "sse4_1", "sse4_2", "popcnt", "abm", "movbe", "bmi1", "bmi
         ("x86-64-v4-vnni", "vnni512", AVX512 | {"avx512_vnni"}),
         ("armv8-a", "portable", {"asimd"}),
         ("armv8.2-a+dotprod", "portable", {"asimd", "asimddp"}),
+        ("armv8.6-a+i8mm", "portable", {"asimd", "asimddp", "i8mm"}),
+        ("raspberry-pi-4", "portable", {"asimd"}),
+        ("raspberry-pi-5", "portable", {"asimddp"}),
+        ("jetson-orin", "portable", {"asimddp"}),
+        ("graviton3", "portable", {"asimddp", "i8mm"}),
+        ("intel-n100", "avxvnni", {"avx2", "avx_vnni"}),
+        ("sapphire-rapids", "vnni512", AVX512 | {"avx512_vnni"}),
         ('{"kind": "llvm", "mcpu": "skylake-avx512"}', "avx512bw", AVX512),
         ('{"kind": "llvm", "mcpu": "cascadelake"}', "vnni512", AVX512 | {"avx512_vnni"}),
         ('{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}', "portable", {"asimddp"}),
@@ -35,13 +44,58 @@ def test_names_say_what_the_cpu_must_have(name, isa, needs):
 def test_a_level_needs_nothing_of_the_next():
     assert "avx512f" not in Target.parse("x86-64-v3").features
     assert "avx512_vnni" not in Target.parse("x86-64-v4").features
+    assert not {"asimddp", "i8mm"} & Target.parse("armv8-a").features
+    assert "i8mm" not in Target.parse("armv8.2-a+dotprod").features
+
+
+@pytest.mark.parametrize("name", cpus())
+def test_a_board_runs_what_is_compiled_for_its_level(name):
+    """Of the levels that a board's features meet, the one with the best kernels has the board's kernels."""
+    board = Target.parse(name)
+    levels = [Target.parse(level.name) for level in LEVELS if level.architecture == board.architecture]
+    assert board.isa in [level.isa for level in levels if level.features <= board.features]
+    assert not {"sve", "sve2"} & board.features
+    assert llvm_is_valid_cpu(cpus()[name].model, board.triple)
+
+
+def test_levels_need_no_more_than_younger_boards_have():
+    """Neoverse V1 is ARMv8.4 and has the product of ARMv8.6."""
+    for level, board in (
+        ("armv8.6-a+i8mm", "graviton3"),
+        ("armv8.6-a+i8mm", "graviton4"),
+        ("armv8.2-a+dotprod", "rk3588"),
+        ("x86-64-v4-vnni", "cascade-lake"),
+        ("x86-64-v4-vnni", "genoa"),
+        ("x86-64-v3-avxvnni", "intel-n100"),
+    ):
+        assert Target.parse(level).features <= Target.parse(board).features
+
+
+@pytest.mark.parametrize(
+    ("text", "architectures", "host"),
+    [
+        ("sm_75", ["sm_75"], "x86_64"),
+        ("sm_87", ["sm_87"], "aarch64"),
+        ("sm_90@armv8-a", ["sm_90"], "aarch64"),
+        ("cuda", ["sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100"], "x86_64"),
+    ],
+)
+def test_gpus_have_a_cpu_beside_them(text, architectures, host):
+    target = Target.parse(text)
+    assert (target.name, target.kind, target.isa) == (text, "cuda", "cuda")
+    assert list(target.gpus) == architectures
+    assert target.architecture == host
+    assert target.features <= {"asimd"}
+    assert Target.parse("native").kind == "cpu" and not Target.parse("native").gpus
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sm_87", "not supported yet"),
-        ("cuda", "not supported yet"),
+        ("sm_70", "sm_75"),
+        ("sm_90@", "not known"),
+        ("sm_90@sm_90", "not known"),
+        ('{"kind": "cuda", "arch": "sm_90"}', "kind 'cuda'"),
         ("pentium", "x86-64-v4-vnni"),
         ("", "native"),
         ('{"kind"', "not known"),
