@@ -154,16 +154,21 @@ def _words(program: Path, addresses: Iterable[int]) -> dict[int, int]:
 
 
 def table(counts: Sequence[Count]) -> str:
-    """Markdown: a line for each layer and target."""
-    rows = [
-        ["layer", "kernels", "weights", "instructions for 16 useful multiply-adds", "products", "memory", "times fewer"]
-    ]
-    for entry in counts:
-        dense = next(c for c in counts if (c.layer, c.target, c.pattern) == (entry.layer, entry.target, "dense"))
-        weights = "dense" if entry.pattern == "dense" else f"{entry.pattern}, {entry.zeros:.0%} zero"
-        shares = [number(16 * part / entry.useful, 2) for part in (entry.products, entry.memory)]
-        fewer = number(dense.instructions / entry.instructions, 1)
-        rows.append([entry.layer, entry.isa, weights, number(entry.per_sixteen, 2), *shares, fewer])
+    """Markdown: a line for each layer and kind of weight, instructions for sixteen useful multiply-adds by target.
+
+    In brackets: how many times fewer than the dense kernel needs for the whole layer.
+    """
+    sets = list(dict.fromkeys(entry.isa for entry in counts))
+    found = {(entry.layer, entry.pattern, entry.isa): entry for entry in counts}
+    rows = [["layer", "weights", *sets]]
+    for layer, pattern in dict.fromkeys((entry.layer, entry.pattern) for entry in counts):
+        cells = []
+        for name in sets:
+            entry, dense = found[layer, pattern, name], found[layer, "dense", name]
+            cells.append(number(entry.per_sixteen, 2))
+            if entry is not dense:
+                cells[-1] += f" ({dense.instructions / entry.instructions:.1f})"
+        rows.append([layer, "dense" if pattern == "dense" else f"{pattern}, {ZEROS:.0%} zero", *cells])
     return markdown(rows)
 
 

@@ -168,8 +168,8 @@ def _step(graph: Graph, chain: Fused, taken: set[relax.Var]) -> Fused | None:
         found = activation_after(graph, chain.result)
         if found is not None and taken.isdisjoint(found.members):
             members = (*chain.members, *found.members)
-            known = {"activation": found.name, "parameters": found.parameters}
-            return replace(chain, result=members[-1], members=members, **known)
+            chain = replace(chain, activation=found.name, parameters=found.parameters)
+            return replace(chain, result=members[-1], members=members)
     user = flow.only_user(chain.result)
     if user is None or user in taken:
         return None

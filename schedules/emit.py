@@ -136,15 +136,20 @@ def is_nan(value: Expr, lanes: int) -> Expr:
 
 
 def round_to_int(value: Expr, low: int, high: int, zero_point: int, lanes: int) -> Expr:
-    """``clamp(round_half_even(value) + zero_point, low, high)`` as int32.
+    """``clamp(round_half_even(value) + zero_point, low, high)`` as int32."""
+    clamped = fitting(value, low, high, zero_point, lanes)
+    rounded = llvm("llvm.lrint", vector("int32", lanes), clamped)  # rounds as the CPU is set: half to even
+    return rounded + splat(zero_point, lanes) if zero_point else rounded
+
+
+def fitting(value: Expr, low: float, high: float, zero_point: int, lanes: int) -> Expr:
+    """A float clamped so that, rounded and moved by ``zero_point``, it lies in ``low`` .. ``high``.
 
     The clamp comes before the rounding: its bounds are integers, so that the two commute, and what is converted
     then always fits.
     """
     clamped = tirx.max(value, splat(float(low - zero_point), lanes, "float32"))
-    clamped = tirx.min(clamped, splat(float(high - zero_point), lanes, "float32"))
-    rounded = llvm("llvm.lrint", vector("int32", lanes), clamped)  # rounds as the CPU is set: half to even
-    return rounded + splat(zero_point, lanes) if zero_point else rounded
+    return tirx.min(clamped, splat(float(high - zero_point), lanes, "float32"))
 
 
 def across(operation: str, value: Expr, lanes: int) -> Expr:

@@ -64,8 +64,7 @@ def round_unsaturated(acc: Expr, scale: Expr | None, residual: Expr | None, epil
     lanes = isa.lanes
     value = _value(acc, scale, residual, epilogue, lanes)
     if not epilogue.fits:
-        value = tirx.min(value, emit.splat(float(epilogue.high - epilogue.zero_point), lanes, "float32"))
-        value = tirx.max(value, emit.splat(float(epilogue.low - epilogue.zero_point), lanes, "float32"))
+        value = emit.fitting(value, epilogue.low, epilogue.high, epilogue.zero_point, lanes)
     return isa.round(value)
 
 

@@ -1,9 +1,8 @@
-"""From a plan to code for GPUs: its kernels on blocks and threads, CUDA C++, an image for each architecture.
+"""From a plan to code for GPUs: its kernels as CUDA C++, compiled for each architecture, and the table of launches.
 
-    step 3: layer_conv1(workspace + 0, weights + 512, ..)   ->   launches[3] = (layer_conv1_kernel, grid, block, ..)
+    step 3: layer_conv1(workspace + 0, weights + 512, ..)   ->   layer_conv1_kernel, grid, block, places of arguments
 
-A kernel that is bound to threads already stays as it is. One that TVM made gets TVM's own schedule for GPUs, any other
-was written for a CPU and is spread. What a step's kernels hand on between them lies in the scratch buffer.
+A library holds the table and an image for each architecture; ``runtime/cuda.c`` loads the one that fits the GPU.
 """
 
 from __future__ import annotations
@@ -12,24 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import tvm_ffi
-from tvm import s_tir, tirx
-from tvm.ir import IRModule
-from tvm.s_tir import dlight
-from tvm.tirx import stmt as nodes
-
-from pumice.targets.cuda_source import CudaSource, Launch, cuda_source
+from pumice.targets.cuda_source import Launch, cuda_source
+from pumice.targets.gpu_plan import gpu_plan
 from pumice.targets.model_source import c_array
 from pumice.targets.nvcc import find_nvcc
 from pumice.targets.plan import Plan, align
-from pumice.targets.spread import spread
 from pumice.targets.target import Target
 
 
 @dataclass(frozen=True)
 class CudaCode:
-    """What was compiled: ``cubins`` by architecture, and ``launches`` of kernels in these for each kernel of the plan.
+    """What was compiled: ``cubins`` by architecture, and ``launches`` of kernels in these for each kernel of ``plan``.
 
+    plan: with kernels for a GPU, as ``gpu_plan`` makes it
     scratch: bytes of the device's memory that a step's kernels need while it runs
     """
 
@@ -51,7 +45,9 @@ class CudaCode:
         for architecture, image in self.cubins.items():
             code.append(f"{{{int(architecture.removeprefix('sm_'))}, {offset}, {len(image)}}}")
             offset += len(_padded(image))
-        launches, arguments, most = [], [], 0
+        launches: list[str] = []
+        arguments: list[str] = []
+        most = 0
         for number, step in enumerate(self.plan.steps):
             for launch in self.launches[step.kernel]:
                 views = [step.arguments[i] for i in launch.arguments]
@@ -85,44 +81,9 @@ def build_cuda(plan: Plan, target: Target) -> CudaCode:
     Raises UnsupportedError for a kernel that cannot run on a GPU, and MissingDependencyError without nvcc.
     """
     compiler = find_nvcc()
-    source = device_source(plan, target)
-    return CudaCode(plan, source.launches, compiler.cubins(source.text, target.gpus))
-
-
-def device_source(plan: Plan, target: Target) -> CudaSource:
-    """The CUDA C++ of all kernels of ``plan``, and for each of them its launches. Needs no tool of NVIDIA's.
-
-    Raises UnsupportedError for a kernel that cannot run on a GPU.
-    """
-    return cuda_source({name: _on_threads(kernel, target) for name, kernel in plan.kernels.items()})
-
-
-def _on_threads(kernel: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
-    kinds = _statements(kernel)
-    if "bound" in kinds:
-        return kernel
-    if "scheduled" not in kinds:
-        return spread(kernel)
-    with target.tvm:
-        scheduled = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(IRModule({"main": kernel}))
-    return scheduled["main"]
-
-
-def _statements(kernel: tirx.PrimFunc) -> set[str]:
-    """``bound`` if some loop runs over threads, ``scheduled`` if TVM's schedules can change it."""
-    found: set[str] = set()
-
-    def loop(stmt: nodes.For) -> None:
-        found.update({"bound"} if stmt.kind == tirx.ForKind.THREAD_BINDING else ())
-
-    def attribute(stmt: nodes.AttrStmt) -> None:
-        found.update({"bound"} if stmt.attr_key == "thread_extent" else ())
-
-    def block(stmt: s_tir.SBlock) -> None:
-        found.add("scheduled")
-
-    tvm_ffi.structural_walk(kernel.body, [(nodes.For, loop), (nodes.AttrStmt, attribute), (s_tir.SBlock, block)])
-    return found
+    bound, scratch = gpu_plan(plan, target)
+    source = cuda_source(bound.kernels)
+    return CudaCode(bound, source.launches, compiler.cubins(source.text, target.gpus), scratch)
 
 
 def _padded(image: bytes) -> bytes:

@@ -23,9 +23,7 @@ import numpy as np
 from pumice.errors import MissingDependencyError, PumiceError
 from pumice.targets.cuda_source import CudaSource, Launch
 
-_FLAGS = (
-    "-std=c++17 -O1 -w -fPIC -shared -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=0"
-)
+_FLAGS = "-std=c++17 -O1 -w -fPIC -shared -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=0"
 _WHAT_WENT_WRONG = {
     1: "it touched memory outside of its arguments, or not aligned",
     2: "not all threads of a block came to the same barrier",

@@ -42,13 +42,13 @@ def _in_cuda(call: Call) -> tirx.Expr:
 def _named(store: nodes.BufferStore) -> tirx.Stmt:
     if _guards_a_load(store.value):
         return store
-    names: dict[tvm_ffi.StructuralKey, nodes.Bind] = {}
+    names: dict[Any, nodes.Bind] = {}
 
     def name(value: Any) -> Any:
         if not isinstance(value, Expr) or isinstance(value, _PLAIN) or not str(value.ty).startswith("float"):
             return value
         bind = nodes.Bind(tirx.Var(f"v{len(names)}", value.ty), value)
-        return names.setdefault(tvm_ffi.StructuralKey(value), bind).var
+        return names.setdefault(_Key(value), bind).var
 
     value = tvm_ffi.structural_map(store.value, name)
     return tirx.SeqStmt([*names.values(), nodes.BufferStore(store.buffer, value, store.indices)]) if names else store
@@ -69,6 +69,7 @@ def _guards_a_load(value: Any) -> bool:
     return bool(found)
 
 
+_Key: Any = tvm_ffi.StructuralKey  # its type stub takes it for a plain record
 _PLAIN = (tirx.Var, tirx.FloatImm)
 _FUNCTIONS = {
     "llvm.fma": "__fmaf_rn",

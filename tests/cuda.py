@@ -17,9 +17,10 @@ from tvm.ir import IRModule
 
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
-from pumice.targets.build_cuda import CudaCode, device_source
+from pumice.targets.build_cuda import CudaCode
 from pumice.targets.cuda_emulation import Emulation
-from pumice.targets.cuda_source import CudaSource
+from pumice.targets.cuda_source import CudaSource, cuda_source
+from pumice.targets.gpu_plan import gpu_plan
 from pumice.targets.library import write_library
 from pumice.targets.plan import Plan
 from pumice.targets.target import Target
@@ -57,9 +58,10 @@ def emulated_library(
     """``mod`` compiled for a GPU, with emulated kernels for each of the target's cubins."""
     options = LowerOptions()
     plan = link_steps(lower(mod, target, options))
-    source = device_source(plan, target)
+    bound, scratch = gpu_plan(plan, target)
+    source = cuda_source(bound.kernels)
     emulation = Emulation(source)
-    code = CudaCode(plan, source.launches, dict.fromkeys(target.gpus, fake_cubin(source, emulation)))
+    code = CudaCode(bound, source.launches, dict.fromkeys(target.gpus, fake_cubin(source, emulation)), scratch)
     check = make_check(mod, target, options, plan, code, samples)
     write_library(plan, target, manifest_of(plan, target), path, check=check, code=code)
     return Emulated(path, plan, code, emulation)

@@ -149,14 +149,18 @@ class ConvolutionEmitter:
         work, shared, entry = self.work, self.work.shared, entry_words(self.work.shared)
         x, block, walked = local(self.acc_dtype, self.tiling.vectors), local("int32", QUAD), local("int32", 2)
         loaded, each = min(entry, QUAD), QUAD // shared
-        with T.unroll(0, self.tiling.quads) as q, T.If(self._quad(q) < work.quads), T.Then():
-            with T.unroll(0, each) as which:
-                self._find_lists(walked, step, (self.warp * self.tiling.quads + q) * each + which, 1)
-                with T.serial(0, walked[1] - walked[0], annotations=_UNROLLED) as i:
-                    place = (walked[0] - self.copied[0] + i) * entry
-                    emit.store(block, 0, emit.load(self.lists, place, loaded), loaded)
-                    self._load_input(x, block[shared] if shared < loaded else self.lists[place + shared])
-                    self._multiply(x, block, q, which * shared, shared)
+        with (
+            T.unroll(0, self.tiling.quads) as q,
+            T.If(self._quad(q) < work.quads),
+            T.Then(),
+            T.unroll(0, each) as which,
+        ):
+            self._find_lists(walked, step, (self.warp * self.tiling.quads + q) * each + which, 1)
+            with T.serial(0, walked[1] - walked[0], annotations=_UNROLLED) as i:
+                place = (walked[0] - self.copied[0] + i) * entry
+                emit.store(block, 0, emit.load(self.lists, place, loaded), loaded)
+                self._load_input(x, block[shared] if shared < loaded else self.lists[place + shared])
+                self._multiply(x, block, q, which * shared, shared)
 
     def _find_lists(self, limits: Buffer, step: Expr, which: Expr | int, count: int) -> None:
         """Where ``count`` lists of a tile start and end, from the thread block's list ``which`` on."""

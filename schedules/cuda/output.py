@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD
-from pumice.schedules.cuda.layer import CudaLayer
 from pumice.schedules.emit import Buffer, Expr
-from pumice.schedules.epilogue import centred_residual, finish
+from pumice.schedules.epilogue import Epilogue, centred_residual, finish
+from pumice.schedules.places import Places
+
+
+class Layer(Protocol):
+    """What a kernel's output depends on."""
+
+    @property
+    def dtype(self) -> str:
+        """The data type of the multiplication."""
+
+    @property
+    def rows(self) -> int:
+        """Output rows, a multiple of 4."""
+
+    @property
+    def quads(self) -> int:
+        """Quads of output rows."""
+
+    @property
+    def places(self) -> Places:
+        """Where it is read and written."""
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """From accumulator to output."""
 
 
 class Output:
     """The arguments of a kernel from its bias on, declared when this is made; they come last."""
 
-    def __init__(self, work: CudaLayer) -> None:
+    def __init__(self, work: Layer) -> None:
         self.work, self.packed = work, work.epilogue.output == "uint8"
         self.positions = work.places.target.positions
         is_int8, target = work.dtype == "int8", work.places.target
@@ -90,7 +115,7 @@ def barrier() -> None:
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
-def product(work: CudaLayer, x: Expr, w: Expr, acc: Expr) -> Expr:
+def product(work: Layer, x: Expr, w: Expr, acc: Expr) -> Expr:
     """``acc + x . w``: four bytes by four, or float32."""
     if work.dtype == "int8":
         return tirx.call_pure_extern("int32", "pumice_dp4a_us", x, w, acc)

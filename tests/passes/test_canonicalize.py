@@ -67,7 +67,7 @@ ACTIVATIONS = {
         lambda x: relax.op.nn.leakyrelu(x, 0.25),
     ),
     "the same slope for all channels": (
-        lambda b, x: relax.op.nn.prelu(x, relax.const(np.full(x.ty.shape[-1], 0.25, np.float32)), -1),
+        lambda b, x: relax.op.nn.prelu(x, relax.const(np.full(6, 0.25, np.float32)), -1),
         lambda x: relax.op.nn.leakyrelu(x, 0.25),
     ),
     "leaks above zero": (

@@ -1,8 +1,9 @@
-"""A library for GPUs, from its tables to pumice.h: without a driver, and with one that is faked, on emulated kernels."""
+"""A library for GPUs, from its tables to pumice.h: without a driver, and on a faked one with emulated kernels."""
 
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from pumice.errors import MissingDependencyError, PumiceError
 from pumice.loader import load
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
-from pumice.targets.build_cuda import CudaCode, device_source
+from pumice.targets.build_cuda import CudaCode
+from pumice.targets.cuda_source import cuda_source
+from pumice.targets.gpu_plan import gpu_plan
 from pumice.targets.library import write_library
 from pumice.targets.target import Target
 
@@ -168,11 +171,12 @@ def test_without_graphs_the_steps_are_launched_one_by_one(net, emulated, tmp_pat
     assert old.kernel_launches == sum(map(len, launches))
 
 
-def test_the_same_plan_gives_the_same_source(net):
+def test_the_same_plan_gives_the_same_source(net, tmp_path):
     net, last = net
     texts = set()
     for _ in range(2):
-        plan = link_steps(lower(net.module(last.var), BESIDE_THIS, LowerOptions()))
-        source = device_source(plan, BESIDE_THIS)
-        texts.add((source.text, CudaCode(plan, source.launches, {"sm_87": b"x"})._tables()))
+        plan, _ = gpu_plan(link_steps(lower(net.module(last.var), BESIDE_THIS, LowerOptions())), BESIDE_THIS)
+        source = cuda_source(plan.kernels)
+        CudaCode(plan, source.launches, {"sm_87": b"x"}).write(tmp_path)
+        texts.add((source.text, Path(tmp_path, "cuda_model.c").read_text()))
     assert len(texts) == 1

@@ -50,7 +50,7 @@ def test_a_launch_says_how_and_with_what():
     (launch,) = source.launches["copy"]
     assert launch == Launch("copy_kernel", (2, 3, 1), (4, 2, 1), 0, launch.arguments)
     assert sorted(launch.arguments) == [0, 1]
-    assert '__global__ void __launch_bounds__(8) copy_kernel' in source.text
+    assert "__global__ void __launch_bounds__(8) copy_kernel" in source.text
     x, y = np.arange(192, dtype=np.uint8).reshape(6, 8, 4), np.zeros((6, 8), np.int32)
     emulate({"copy": emit.kernel("copy", declare)}).run("copy", x, y)
     np.testing.assert_array_equal(y, x.view(np.int32)[..., 0])

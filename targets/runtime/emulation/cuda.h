@@ -263,3 +263,27 @@ inline int pumice_dp4a_us(int x, int w, int acc) {
     acc += static_cast<uint8_t>(x >> shift) * static_cast<int8_t>(w >> shift);
   return acc;
 }
+
+/* Sparse tensor cores: m16n8k64, by the layouts of the PTX ISA. Each lane shows its registers, and finds for each of
+   its four results the weights of the row, by the metadata their places, and the inputs of the position. */
+inline void pumice_mma_sp(int *acc, const int *a, const int *b, int metadata) {
+  pumice::Warp &warp = pumice::warps[pumice::current->warp];
+  const unsigned lane = pumice::current->lane;
+  memcpy(warp.registers[lane], a, 16);
+  memcpy(warp.registers[lane] + 4, b, 16);
+  memcpy(warp.registers[lane] + 8, &metadata, 4);
+  pumice::wait(warp.barrier);
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    const unsigned group = row % 8 * 4, upper = row / 8;
+    for (unsigned kept = 0; kept < 32; ++kept) {
+      const unsigned four = kept / 2;
+      const uint32_t places = warp.registers[group + upper + four / 8 * 2][8] >> four % 8 * 4;
+      const unsigned k = four * 4 + (places >> kept % 2 * 2 & 3);
+      const uint32_t w = warp.registers[group + kept % 16 / 4][kept / 16 * 2 + upper] >> kept % 4 * 8;
+      const uint32_t x = warp.registers[column * 4 + k % 16 / 4][4 + k / 16] >> k % 4 * 8;
+      acc[i] += static_cast<int8_t>(w) * static_cast<uint8_t>(x);
+    }
+  }
+  pumice::wait(warp.barrier);
+}
