@@ -98,7 +98,7 @@ def _products(instructions: Isa, dtype: str, accumulators: int, threads: int) ->
     def body() -> None:
         x, y = emit.arguments(x=((threads, lanes), kind), y=((threads, lanes), kind))
         with emit.loop(threads, parallel=threads > 1) as thread:
-            acc = T.alloc_buffer((accumulators * lanes,), kind, scope="local")
+            acc = T.alloc_buffer((accumulators * lanes,), kind, scope="global")
             operand = emit.load(x, thread * lanes, lanes)
             for a in range(accumulators):
                 emit.store(acc, a * lanes, operand, lanes)
@@ -123,7 +123,7 @@ def _sum(instructions: Isa, words: int, rounds: int, threads: int) -> tirx.PrimF
     def body() -> None:
         x, y = emit.arguments(x=((threads, words), "int32"), y=((threads, lanes), "int32"))
         with emit.loop(threads, parallel=threads > 1) as thread:
-            acc = T.alloc_buffer((unroll * lanes,), "int32", scope="local")
+            acc = T.alloc_buffer((unroll * lanes,), "int32", scope="global")
             for u in range(unroll):
                 emit.store(acc, u * lanes, emit.splat(0, lanes), lanes)
             with T.serial(0, rounds), T.serial(0, words // (unroll * lanes)) as i:

@@ -17,7 +17,7 @@ from tvm.ir import IRModule
 from pumice.errors import ModelError, UsageError
 from pumice.module import inputs_of, source_of
 from pumice.passes.dataflow import Dataflow
-from pumice.passes.evaluate import Evaluator
+from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.observers import OBSERVERS, Observer, affine_uint8
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 
@@ -40,7 +40,7 @@ class Calibrate:
     ``samples`` holds one array per input, cut along its first axis into pieces of that input's first dimension:
     ``[300, 3, 224, 224]`` for an input of ``1x3x224x224`` is 300 samples. They are run one at a time.
     ``method`` is one of minmax, percentile, entropy, mse (see ``observers``); ``progress(done, total)`` is called
-    after each sample. The graph itself stays as it is.
+    after each sample. The graph itself stays as it is. ``evaluator`` is what other passes run the same module with.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Calibrate:
         method: str = "percentile",
         spec: QuantizeSpec | None = None,
         progress: Callable[[int, int], None] | None = None,
+        evaluator: SharedEvaluator | None = None,
     ) -> None:
         """Raises UsageError for an unknown method."""
         if method not in OBSERVERS:
@@ -57,6 +58,7 @@ class Calibrate:
         self.method = method
         self.spec = spec or QuantizeSpec()
         self.progress = progress
+        self.evaluator = evaluator or SharedEvaluator()
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Run the samples. Raises ModelError where they do not fit the model or a tensor is not finite on them."""
@@ -75,9 +77,9 @@ class Calibrate:
         return with_ranges(mod, ranges)
 
     def _run(self, mod: IRModule, samples: Samples, observers: dict[relax.Var, Observer]) -> None:
-        evaluator = Evaluator(mod, list(observers))
+        evaluator = self.evaluator.of(mod, list(observers))
         for done, sample in enumerate(samples, start=1):
-            values = evaluator.observe(sample)
+            values = evaluator.observe(sample, list(observers))
             for observer, value in zip(observers.values(), values, strict=True):
                 try:
                     observer.observe(value)

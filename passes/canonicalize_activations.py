@@ -63,8 +63,9 @@ def _leaky(rw: Rewriter, value: relax.Call) -> relax.Expr | None:
     operator = op_name(value).removeprefix("relax.")
     if operator == "nn.prelu":
         slopes = rw.array(value.args[1])
-        is_one = slopes is not None and slopes.size > 0 and (slopes == slopes.flat[0]).all()
-        return relax.op.nn.leakyrelu(value.args[0], float(slopes.flat[0])) if is_one else None
+        if slopes is None or slopes.size == 0 or slopes.min() != slopes.max():
+            return None
+        return relax.op.nn.leakyrelu(value.args[0], float(slopes.flat[0]))
     if operator == "maximum":
         for data, scaled in (value.args, value.args[::-1]):
             product = rw.call(scaled, "multiply")

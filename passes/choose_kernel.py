@@ -112,7 +112,11 @@ def choose_blocks(
     reason = f"{zeros:.0%} of its 1x{depth} blocks are zero and sparse breaks even at {limit:.0%} here: "
     if form.shared > 1:
         reason += f"{_left(rows, form.shared):.0%} of the {form.shared}x{depth} blocks are left, "
-    reason += f"{dense / max(times[best], 1e-9):.1f} times as fast as dense by the cost table"
+    ratio = dense / max(times[best], 1e-9)
+    if isa.is_gpu:  # nothing was measured
+        reason += f"dense takes {ratio:.1f} times as many instructions"
+    else:
+        reason += f"{ratio:.1f} times as fast as dense by the cost table"
     return Choice(weight, kernel, reason, best[1])
 
 

@@ -15,7 +15,7 @@ from tvm.relax.op import add
 from pumice.module import weights_of
 from pumice.passes.calibrate import Samples
 from pumice.passes.dataflow import Dataflow
-from pumice.passes.evaluate import Evaluator
+from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.quantization_plan import accumulator_bound
 from pumice.passes.rewriting import Rewriter, rewrite, shape_of
@@ -48,10 +48,18 @@ class CorrectBias:
     section 4.2, with means seen on samples in place of those that batch norm predicts.
     """
 
-    def __init__(self, original: IRModule, samples: Mapping[str, np.ndarray], limit: int = 256) -> None:
+    def __init__(
+        self,
+        original: IRModule,
+        samples: Mapping[str, np.ndarray],
+        limit: int = 256,
+        evaluator: SharedEvaluator | None = None,
+    ) -> None:
+        """``evaluator`` is what other passes run ``original`` with."""
         self.original = original
         self.samples = samples
         self.limit = limit
+        self.evaluator = evaluator or SharedEvaluator()
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Measure the means, rewrite the biases."""
@@ -75,12 +83,12 @@ class CorrectBias:
         """The mean of each layer's input over the samples, in the input's shape."""
         data = [layer.data for layer in layers]
         distinct = list(dict.fromkeys(data))
-        evaluator = Evaluator(self.original, distinct)
+        evaluator = self.evaluator.of(self.original, distinct)
         samples = Samples(self.original, self.samples)
         chosen = list(islice(samples, 0, None, ceil(len(samples) / self.limit)))
         sums = [np.zeros(shape_of(var)) for var in distinct]
         for sample in chosen:
-            for total, value in zip(sums, evaluator.observe(sample), strict=True):
+            for total, value in zip(sums, evaluator.observe(sample, distinct), strict=True):
                 total += value
         return [sums[distinct.index(var)] / len(chosen) for var in data]
 

@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.errors import ModelError, UnsupportedError
-from pumice.module import inputs_of, output_names_of, source_of
+from pumice.module import inputs_of, output_names_of, source_of, weights_of
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.targets.executor import build_executor
@@ -19,7 +19,7 @@ from pumice.targets.target import Target
 
 
 class Evaluator:
-    """A compiled module; ``run`` gives its outputs, ``observe`` the values of the tapped variables."""
+    """A compiled module; ``run`` gives its outputs, ``observe`` the values of tapped variables."""
 
     def __init__(self, mod: IRModule, taps: Sequence[relax.Var] = ()) -> None:
         """Compile ``mod``; ``taps`` are variables of its ``main``.
@@ -27,6 +27,7 @@ class Evaluator:
         Raises:
             UnsupportedError: an operator that cannot be compiled.
         """
+        self._mod = mod
         self._source = source_of(mod)
         self._inputs = inputs_of(mod)
         self._output_names = output_names_of(mod)
@@ -42,14 +43,21 @@ class Evaluator:
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The model's outputs by name, for arrays by input name."""
-        values = self._call(inputs)[: len(self._output_names)]
-        return dict(zip(self._output_names, values, strict=True))
+        self._call(inputs)
+        return {name: buffer.copy() for name, buffer in zip(self._output_names, self._executor.outputs, strict=False)}
 
-    def observe(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The values of the tapped variables, in the order in which they were given."""
-        return self._call(inputs)[len(self._output_names) :]
+    def observe(self, inputs: Mapping[str, np.ndarray], taps: Sequence[relax.Var] | None = None) -> list[np.ndarray]:
+        """The values of these tapped variables; of all, in the order in which they were given, if ``taps`` is None."""
+        self._call(inputs)
+        buffers = dict(zip(self._taps, self._executor.outputs[len(self._output_names) :], strict=True))
+        return [buffers[tap].copy() for tap in (self._taps if taps is None else taps)]
 
-    def _call(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def serves(self, mod: IRModule, taps: Sequence[relax.Var]) -> bool:
+        """Whether these are taps of it, and ``mod`` computes the same: whatever is recorded about its layers."""
+        kept, asked = ({name: array.ctypes.data for name, array in weights_of(m).items()} for m in (self._mod, mod))
+        return self._mod["main"].same_as(mod["main"]) and kept == asked and set(taps) <= set(self._taps)
+
+    def _call(self, inputs: Mapping[str, np.ndarray]) -> None:
         missing = [var.name for var in self._inputs if var.name not in inputs]
         if missing:
             raise ModelError(f"{self._source}: no array for input {missing[0]!r}; its inputs are {self._names()}")
@@ -59,10 +67,27 @@ class Evaluator:
                 raise ModelError(f"{self._source}: input {var.name!r} has shape {array.shape}, not {buffer.shape}")
             buffer[...] = array
         self._executor.run()
-        return [buffer.copy() for buffer in self._executor.outputs]
 
     def _names(self) -> str:
         return ", ".join(repr(var.name) for var in self._inputs)
+
+
+class SharedEvaluator:
+    """The evaluator of passes that run one module on samples, one after the other: it is compiled once.
+
+    That is when the first of them asks, with the variables ``foreseen`` that later ones will observe. Another module,
+    or other variables, have an evaluator made for them alone.
+    """
+
+    def __init__(self, foreseen: Sequence[relax.Var] = ()) -> None:
+        self._foreseen = list(foreseen)
+        self._made: Evaluator | None = None
+
+    def of(self, mod: IRModule, taps: Sequence[relax.Var]) -> Evaluator:
+        """An evaluator of ``mod`` that observes ``taps``. Raises what ``Evaluator`` does."""
+        if self._made is None:
+            self._made = Evaluator(mod, [*taps, *self._foreseen])
+        return self._made if self._made.serves(mod, taps) else Evaluator(mod, taps)
 
 
 def _with_taps(mod: IRModule, taps: Sequence[relax.Var]) -> IRModule:

@@ -14,7 +14,7 @@ from tvm.ir import IRModule
 from pumice.module import layers_of, with_layers
 from pumice.passes.calibrate import Samples
 from pumice.passes.dataflow import Dataflow
-from pumice.passes.evaluate import Evaluator
+from pumice.passes.evaluate import Evaluator, SharedEvaluator
 from pumice.passes.layers import find_layers
 from pumice.passes.quantization_plan import AFFINE, POINTWISE
 
@@ -30,24 +30,32 @@ class RecordLayerErrors:
     is all that quantization did up to there, not the layer's own share. At most ``limit`` samples are run.
     """
 
-    def __init__(self, float_mod: IRModule, samples: Mapping[str, np.ndarray], limit: int = 8) -> None:
+    def __init__(
+        self,
+        float_mod: IRModule,
+        samples: Mapping[str, np.ndarray],
+        limit: int = 8,
+        evaluator: SharedEvaluator | None = None,
+    ) -> None:
+        """``evaluator`` is what other passes run ``float_mod`` with."""
         self.float_mod = float_mod
         self.samples = samples
         self.limit = limit
+        self.evaluator = evaluator or SharedEvaluator()
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Run both; raises ModelError where the samples do not fit the model."""
-        exact, rounded = _layer_results(self.float_mod), _layer_results(mod)
+        exact, rounded = layer_results(self.float_mod), layer_results(mod)
         records = layers_of(mod)
         measured = [name for name in records if name in exact and name in rounded]
         if not measured:
             return mod
-        float_values = _Tapped(self.float_mod, [exact[name] for name in measured])
-        int8_values = _Tapped(mod, [rounded[name] for name in measured])
+        taps = [[results[name] for name in measured] for results in (exact, rounded)]
+        evaluators = self.evaluator.of(self.float_mod, taps[0]), Evaluator(mod, taps[1])
         signal, noise = np.zeros(len(measured)), np.zeros(len(measured))
         for sample in islice(Samples(mod, self.samples), self.limit):
-            pairs = zip(float_values.of(sample), int8_values.of(sample), strict=True)
-            for i, (reference, value) in enumerate(pairs):
+            values = [each.observe(sample, tapped) for each, tapped in zip(evaluators, taps, strict=True)]
+            for i, (reference, value) in enumerate(zip(*values, strict=True)):
                 signal[i] += np.square(reference, dtype=np.float64).sum()
                 noise[i] += np.square(np.subtract(reference, value, dtype=np.float64)).sum()
         for name, s, n in zip(measured, signal, noise, strict=True):
@@ -64,20 +72,7 @@ def decibels(signal: float, noise: float) -> float:
     return max(-_LIMIT_DB, min(_LIMIT_DB, 10 * math.log10(signal / noise)))
 
 
-class _Tapped:
-    """The values of some variables, some of them the same one."""
-
-    def __init__(self, mod: IRModule, taps: list[relax.Var]) -> None:
-        distinct = list(dict.fromkeys(taps))
-        self._places = [distinct.index(tap) for tap in taps]
-        self._evaluator = Evaluator(mod, distinct)
-
-    def of(self, sample: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        values = self._evaluator.observe(sample)
-        return [values[place] for place in self._places]
-
-
-def _layer_results(mod: IRModule) -> dict[str, relax.Var]:
+def layer_results(mod: IRModule) -> dict[str, relax.Var]:
     """Each layer's output after its bias and activation, as its readers see it: dequantized where they do."""
     graph = Dataflow(mod)
     results = {}

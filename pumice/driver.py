@@ -27,8 +27,10 @@ from pumice.passes.calibrate import Calibrate, read_calibration
 from pumice.passes.check_zeros import NoPrunedWeightCameBack
 from pumice.passes.choose_kernel import Chooser, preview
 from pumice.passes.correct_bias import CorrectBias
+from pumice.passes.dataflow import Dataflow
 from pumice.passes.equalize import EqualizeChannels
-from pumice.passes.layer_error import RecordLayerErrors
+from pumice.passes.evaluate import SharedEvaluator
+from pumice.passes.layer_error import RecordLayerErrors, layer_results
 from pumice.passes.layers import find_layers
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
@@ -48,7 +50,7 @@ from pumice.threads import check_threads
 from pumice.verify import make_check
 
 # The targets whose choices ``inspect`` shows.
-PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3")
+PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3", "armv8.2-a+dotprod", "armv8-a")
 
 # A file of 0/1 arrays by weight name, or the arrays.
 Masks = str | Path | Mapping[str, np.ndarray]
@@ -207,18 +209,25 @@ def _run_passes(
     if options.equalize:
         with stage("equalize channels"):
             mod = _apply(mod, EqualizeChannels(calibration))
-    original = mod
+    original, evaluator = mod, SharedEvaluator(_observed_later(mod, options))
     with stage(f"calibrate ({options.calibration_method})"):
-        mod = _apply(mod, Calibrate(calibration, options.calibration_method, spec))
+        mod = _apply(mod, Calibrate(calibration, options.calibration_method, spec, evaluator=evaluator))
     with stage("quantize"):
         mod = _apply(mod, Quantize(spec))
     if options.correct_bias:
         with stage("correct biases"):
-            mod = _apply(mod, CorrectBias(original, calibration))
+            mod = _apply(mod, CorrectBias(original, calibration, evaluator=evaluator))
     if not options.measure_errors:
         return mod
     with stage("measure the error of each layer"):
-        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod)))
+        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod), evaluator))
+
+
+def _observed_later(mod: IRModule, options: CompileOptions) -> list[relax.Var]:
+    """What the passes behind calibration observe of the float module."""
+    computed = Dataflow(mod).activations
+    inputs = [layer.data for layer in find_layers(mod) if layer.data in computed] if options.correct_bias else []
+    return [*inputs, *(layer_results(mod).values() if options.measure_errors else [])]
 
 
 def _error_samples(mod: IRModule) -> int:
@@ -294,6 +303,7 @@ def _describe(mod: IRModule, device: Target, options: CompileOptions, model: Any
             "architecture": device.architecture,
             "isa": device.isa,
             "features": sorted(device.features),
+            "gpus": list(device.gpus),
         },
         **_signature(mod),
         "options": asdict(options),

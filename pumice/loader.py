@@ -26,6 +26,7 @@ import threading
 import weakref
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -89,8 +90,12 @@ class TensorSpec(NamedTuple):
     zero_point: int | None = None
 
     def __str__(self) -> str:
-        scale = "" if self.scale is None else f" (scale {self.scale:.6g}, zero point {self.zero_point})"
-        return f"{self.name}: {self.dtype} {'x'.join(map(str, self.shape)) or 'scalar'}{scale}"
+        return f"{self.name}: {self.dtype} {'x'.join(map(str, self.shape)) or 'scalar'}"
+
+    @property
+    def rounding(self) -> str:
+        """What it is rounded to bytes by; empty where it is not."""
+        return "" if self.scale is None else f" (in int8: scale {self.scale:.4g}, zero point {self.zero_point})"
 
 
 def load(path: str | Path, threads: int | None = None) -> Model:
@@ -163,7 +168,12 @@ class Model:
         if status:
             raise _error(status, library.name, message.value)
         self._instance = instance
-        self.close = weakref.finalize(self, library.c.pumice_close, instance)
+        self._finalizer = weakref.finalize(self, library.c.pumice_close, instance)
+
+    def close(self) -> None:
+        """End its threads and free its memory, when what runs now has ended; it may not be used after."""
+        with self._lock:
+            self._finalizer()
 
     def __enter__(self) -> Model:
         return self
@@ -186,7 +196,7 @@ class Model:
     def run(
         self, inputs: Sequence[Any], outputs: Sequence[np.ndarray], first: int = 0, last: int | None = None
     ) -> None:
-        """The same into arrays of the caller's, in the model's order: nothing is allocated or copied.
+        """The same into arrays of the caller's, in the model's order: no array is made or copied.
 
         ``inputs`` that are contiguous and of the right type are read where they lie. With ``first`` and ``last``,
         only the steps from ``first`` up to but without ``last`` run. Raises UsageError for arrays that do not fit.
@@ -220,7 +230,7 @@ class Model:
             self._done(self.library.c.pumice_run_steps(self._open(), *self._pointers, first, last))
 
     def _open(self) -> ctypes.c_void_p:
-        if not self.close.alive:
+        if not self._finalizer.alive:
             raise UsageError(f"{self.library.name}: this model is closed")
         return self._instance
 
@@ -362,6 +372,7 @@ def host_architecture() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
+@lru_cache(maxsize=None)  # noqa: UP033 (Python 3.8 has no functools.cache); the file takes a while with many cores
 def host_features() -> frozenset[str]:
     """The instruction sets that every core of this machine has, in /proc/cpuinfo's words; none without that file."""
     path = Path("/proc/cpuinfo")
@@ -425,9 +436,10 @@ def _read_section(file: BinaryIO, path: Path) -> bytes:
 
 
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:
-    scale, zero_point = entry.get("scale"), entry.get("zero_point")
-    dtype = np.dtype(str(entry["dtype"])).name
-    return TensorSpec(str(entry["name"]), tuple(int(d) for d in entry["shape"]), dtype, scale, zero_point)
+    name, shape, dtype = str(entry["name"]), tuple(int(d) for d in entry["shape"]), np.dtype(str(entry["dtype"])).name
+    if entry.get("scale") is None:
+        return TensorSpec(name, shape, dtype)
+    return TensorSpec(name, shape, dtype, float(entry["scale"]), int(entry["zero_point"]))
 
 
 def _bytes(spec: TensorSpec) -> int:
@@ -607,7 +619,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         {"describe": _describe, "verify": _verify, "run": _run}[args.action](args)
     except PumiceError as error:
-        print(f"loader.py: {printable(str(error))}", file=sys.stderr)
+        print(f"loader.py: {clean(str(error))}", file=sys.stderr)
         return error.exit_code
     return 0
 
@@ -615,13 +627,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _describe(args: argparse.Namespace) -> None:
     if is_bundle(args.library):
         for variant in Bundle(args.library).variants:
-            print(f"{printable(variant.name)}: {describe_target(variant.target)}, {variant.size:,} bytes")
+            print(f"{clean(variant.name)}: {describe_target(variant.target)}, {variant.size:,} bytes")
         return
     manifest = read_manifest(args.library)
-    print(f"{printable(str(args.library))}: {describe_target(manifest['target'])}")
+    print(f"{clean(str(args.library))}: {describe_target(manifest['target'])}")
     for kind, specs in zip(("input", "output"), signature(manifest)):
         for spec in specs:
-            print(f"  {kind:<6} {printable(str(spec))}")
+            print(f"  {kind:<6} {clean(str(spec))}{spec.rounding}")
     sizes = f"{manifest['weights']:,} bytes of weights, {manifest['workspace']:,} of workspace"
     print(f"  {len(manifest['layers'])} layers, {sizes}")
 
@@ -629,7 +641,7 @@ def _describe(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     with load(args.library, args.threads) as model:
         model.verify()
-        print(f"{printable(model.library.name)}: every layer gives the numbers that it gave when it was compiled")
+        print(f"{clean(model.library.name)}: every layer gives the numbers that it gave when it was compiled")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -652,10 +664,10 @@ def _run(args: argparse.Namespace) -> None:
 def describe_target(target: Mapping[str, Any]) -> str:
     """``x86-64-v3 (x86_64 with avx2, fma)``."""
     features = ", ".join(map(str, target["features"]))
-    return printable(f"{target['name']} ({target['architecture']}{' with ' * bool(features)}{features})")
+    return clean(f"{target['name']} ({target['architecture']}{' with ' * bool(features)}{features})")
 
 
-def printable(text: str) -> str:
+def clean(text: str) -> str:
     """``text`` with what a terminal would act on (escape sequences, line breaks, text direction) spelt out."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from pumice.loader import clean as clean
 from pumice.record import LayerRecord
 
 _MIN_NAME = 12  # columns that a layer's name keeps, however narrow the terminal
@@ -24,10 +25,10 @@ def format_report(manifest: dict[str, Any], width: int) -> str:
     for kind in ("inputs", "outputs"):
         for entry in manifest[kind]:
             shape = "x".join(map(str, entry["shape"])) or "scalar"
-            scale = (
-                f" (in int8: scale {entry['scale']:.4g}, zero point {entry['zero_point']})" if "scale" in entry else ""
-            )
-            lines.append(f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}{scale}")
+            line = f"  {kind[:-1]:<6} {clean(entry['name'])}: {entry['dtype']} {shape}"
+            if "scale" in entry:
+                line += f" (in int8: scale {entry['scale']:.4g}, zero point {entry['zero_point']})"
+            lines.append(line)
     if "workspace" in manifest:
         sizes = {kind: format_bytes(manifest[kind]) for kind in ("weights", "workspace")}
         lines.append(f"  memory {sizes['weights']} of weights, {sizes['workspace']} of workspace")
@@ -84,11 +85,6 @@ def format_table(rows: Sequence[Sequence[str]], width: int, left: Collection[str
         padded = [_pad(cell, w, name not in left) for cell, w, name in zip(cells, widths, rows[0], strict=True)]
         lines.append("  ".join(padded).rstrip())
     return [lines[0], "-" * max(map(_columns, lines)), *lines[1:]]
-
-
-def clean(text: str) -> str:
-    """``text`` with what a terminal would act on (escape sequences, line breaks, text direction) spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shorten(text: str, width: int) -> str:

@@ -239,39 +239,42 @@ def _pack_tokens(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr) -> No
     geometry = work.geometry
     with emit.loop(geometry.pixels) as token:
         to = row * geometry.positions + _token_position(geometry, token)
-        if work.scale is None:
-            channel = tirx.min(row, tirx.const(work.channels - 1, "int32"))
-            value = x[token * work.channels + channel]
-            T.buffer_store(y, tirx.Select(row < work.channels, value, tirx.const(0.0, "float32")), [to])
-        else:
-            _store_bytes(work, isa, y, to, _four_channels(work, x, row, token))
+        T.buffer_store(y, _word(work, isa, x, row, token), [to])
 
 
 def _pack_vector(work: Packing, isa: Isa, x: Buffer, y: Buffer) -> None:
     with emit.loop(work.rows) as row:
-        if work.scale is None:
-            channel = tirx.min(row, tirx.const(work.channels - 1, "int32"))
-            T.buffer_store(y, tirx.Select(row < work.channels, x[channel], tirx.const(0.0, "float32")), [row])
-        else:
-            _store_bytes(work, isa, y, row, _four_channels(work, x, row, tirx.const(0, "int32")))
+        T.buffer_store(y, _word(work, isa, x, row, tirx.const(0, "int32")), [row])
+
+
+def _word(work: Packing, isa: Isa, x: Buffer, row: Expr, token: Expr) -> Expr:
+    """A channel, or the bytes of four neighbouring ones, as they are packed."""
+    if work.scale is None:
+        return _channel(work, x, row, token)
+    if isa.is_gpu:
+        values = [_quantize(work, _channel(work, x, row * 4 + byte, token), 1) for byte in range(4)]
+        return emit.turn(emit.pack_bytes(values, 1), isa, 1)
+    as_bytes = tirx.Cast("uint8x4", _quantize(work, _four_channels(work, x, row, token), 4))
+    return emit.turn(tirx.reinterpret("int32", as_bytes), isa, 1)
 
 
 def _four_channels(work: Packing, x: Buffer, row: Expr, token: Expr) -> Expr:
     """float32x4: four neighbouring channels of a token, zero beyond the last."""
-    first = token * work.channels + row * 4
     if work.channels % 4 == 0:
-        return emit.load(x, first, 4)
+        return emit.load(x, token * work.channels + row * 4, 4)
     staged = T.alloc_buffer((4,), "float32", scope="global")
     for byte in range(4):
-        inside = row * 4 + byte < work.channels
-        at = tirx.min(first + byte, tirx.const(work.size - 1, "int32"))
-        T.buffer_store(staged, tirx.Select(inside, x[at], tirx.const(0.0, "float32")), [byte])
+        T.buffer_store(staged, _channel(work, x, row * 4 + byte, token), [byte])
     return emit.load(staged, 0, 4)
 
 
-def _store_bytes(work: Packing, isa: Isa, y: Buffer, to: Expr, channels: Expr) -> None:
-    as_bytes = tirx.Cast("uint8x4", _quantize(work, channels, 4))
-    T.buffer_store(y, emit.turn(tirx.reinterpret("int32", as_bytes), isa, 1), [to])
+def _channel(work: Packing, x: Buffer, channel: Expr, token: Expr) -> Expr:
+    """float32: one channel of a token, zero beyond the last."""
+    at = token * work.channels + channel
+    if work.channels % 4 == 0:
+        return x[at]
+    inside = x[tirx.min(at, tirx.const(work.size - 1, "int32"))]
+    return tirx.Select(channel < work.channels, inside, tirx.const(0.0, "float32"))
 
 
 def _unpack_channel(work: Packing, isa: Isa, x: Buffer, y: Buffer, row: Expr, byte: int) -> None:

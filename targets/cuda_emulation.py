@@ -55,7 +55,7 @@ class Emulation:
                 self.launch(launch, [pointers[i] for i in launch.arguments], is_reversed)
 
     def launcher(self, launch: Launch) -> Any:
-        """The C function of a kernel: ``int (void **pointers, unsigned grid[3], unsigned block[3], int is_reversed)``."""
+        """The C function of a kernel: ``int (void **pointers, unsigned *grid, unsigned *block, int is_reversed)``."""
         return self._library[f"{launch.kernel}_launch"]
 
     def launch(self, launch: Launch, pointers: Sequence[int], is_reversed: bool = False) -> None:

@@ -118,8 +118,8 @@ def _launches(name: str, host: tirx.PrimFunc) -> tuple[Launch, ...]:
             found.append(_launch(stmt.value, place))
         elif not isinstance(stmt, tirx.Evaluate):
             raise UnsupportedError(
-                f"kernel '{name}': its host part has a {type(stmt).__name__}, and only launches on its arguments can run "
-                "on a GPU; bind all of its loops to threads"
+                f"kernel '{name}': its host part has a {type(stmt).__name__}, and only launches on its arguments can "
+                "run on a GPU; bind all of its loops to threads"
             )
 
     visit(host.body)

@@ -7,12 +7,23 @@ CPU's model name, which LLVM goes by, is not.
 
 from __future__ import annotations
 
-import platform
 from functools import cache
 from pathlib import Path
 
 from tvm.target import Target as TVMTarget
 from tvm.target.codegen import llvm_get_cpu_features, llvm_get_system_cpu
+
+from pumice.loader import host_architecture, parse_cpuinfo
+
+__all__ = [
+    "LLVM_TO_CPUINFO",
+    "cpuinfo_words",
+    "host_architecture",
+    "host_cpu",
+    "host_features",
+    "native_attributes",
+    "parse_cpuinfo",
+]
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -66,12 +77,6 @@ LLVM_TO_CPUINFO = {
 }
 
 
-def host_architecture() -> str:
-    """``x86_64`` or ``aarch64``; another machine's own word for itself otherwise."""
-    machine = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-
-
 @cache
 def host_features() -> frozenset[str]:
     """The instruction sets that every core of this machine has, in /proc/cpuinfo's words."""
@@ -88,16 +93,6 @@ def host_cpu() -> str:
         if key.strip() == "model name":
             return value.strip()
     return str(llvm_get_system_cpu())
-
-
-def parse_cpuinfo(text: str) -> frozenset[str]:
-    """The flags that all processors of a /proc/cpuinfo have in common (cores of one ARM chip may differ)."""
-    cores = [
-        frozenset(value.split())
-        for key, _, value in (line.partition(":") for line in text.splitlines())
-        if key.strip() in ("flags", "Features")
-    ]
-    return frozenset.intersection(*cores) if cores else frozenset()
 
 
 def native_attributes(architecture: str, features: frozenset[str]) -> list[str]:

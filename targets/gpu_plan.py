@@ -1,7 +1,7 @@
 """A plan whose kernels run on a GPU: each of them bound to blocks and threads, by whoever can.
 
-A kernel that is bound already stays as it is. One that TVM made gets TVM's own schedule for GPUs, and what its parts hand
-on between them becomes an argument, which lies in the scratch buffer. Any other was written for a CPU and is spread.
+A kernel that is bound already stays as it is. One that TVM made gets TVM's own schedule for GPUs, and what its parts
+hand on between them becomes an argument, which lies in the scratch buffer. Any other was written for a CPU and is spread.
 
     mean(x, y): sum = alloc; ..; y = sum / n        ->   mean(x, sum, y), step: mean(input 0, scratch + 0, output 0)
 """

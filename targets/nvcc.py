@@ -15,6 +15,8 @@ from pathlib import Path
 
 from pumice.errors import MissingDependencyError, UnsupportedError
 
+USUAL = "/usr/local/cuda/bin/nvcc"  # where NVIDIA's own package puts it
+
 # Products and sums are fused where the kernels say so and nowhere else; quotients and roots are IEEE's, as on a CPU.
 OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false")
 
@@ -73,7 +75,7 @@ def find_nvcc() -> Nvcc:
     Raises MissingDependencyError where there is none.
     """
     home = os.environ.get("CUDA_HOME", "")
-    candidates = [f"{home}/bin/nvcc" if home else "", "nvcc", "/usr/local/cuda/bin/nvcc", *_in_wheels()]
+    candidates = [f"{home}/bin/nvcc" if home else "", "nvcc", USUAL, *_in_wheels()]
     for candidate in filter(None, candidates):
         found = shutil.which(candidate)
         if found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import tvm
@@ -152,13 +153,13 @@ def _of_tvm(text: str) -> Target:
     except (ValueError, TypeError, RuntimeError) as error:
         why = str(error).strip().splitlines()[0].split(" Target creation from string failed")[0].rstrip(".")
         raise UnsupportedError(
-            f"target '{text}' is not known ({why}); use one of {_listed()}, or a TVM target as JSON, "
-            'such as \'{"kind": "llvm", "mcpu": "znver4"}\''
+            f"target '{text}' is not known ({why}): `pumice targets` lists the names{_alike(text)}, and a TVM "
+            'target is given as JSON, such as \'{"kind": "llvm", "mcpu": "znver4"}\''
         ) from error
     if str(target.kind.name) != "llvm":
         raise UnsupportedError(
             f"target '{text}': TVM targets of kind '{target.kind.name}' have no kernels here: give one of kind 'llvm', "
-            f"or one of {_listed()}"
+            "or a name that `pumice targets` lists"
         )
     config = {"kind": "llvm", **{str(key): value for key, value in target.attrs.items()}}
     triple = str(config.get("mtriple", _TRIPLES.get(host_architecture(), host_architecture())))
@@ -193,5 +194,6 @@ def _architecture(triple: str) -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(first, first)
 
 
-def _listed() -> str:
-    return ", ".join(Target.names())
+def _alike(text: str) -> str:
+    close = get_close_matches(text, Target.names())
+    return f" (like yours: {', '.join(close)})" if close else ""

@@ -20,7 +20,7 @@ from tvm.tirx import stmt as nodes
 
 from pumice.targets.plan import align
 
-_STACK = 1024  # bytes from which on TVM would allocate a kernel's own buffer rather than leave it on the stack
+_STACK = 1024  # bytes from which on TVM would allocate a kernel's own buffer; smaller "global" ones are on the stack
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _without_allocation(body: tirx.Stmt, scratch: tirx.Var) -> TaskKernel:
         size = dtype.bits * dtype.lanes // 8
         for extent in buffer.shape:
             size *= int(extent)
-        if size < _STACK:
+        if size < _STACK and buffer.scope() == "global":
             return alloc
         offset, used = used, used + align(size)
         start = tirx.reinterpret("uint64", scratch) + tirx.const(offset, "uint64")

@@ -19,9 +19,10 @@ from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD
 from pumice.schedules.cuda.layer import CudaLayer
 from pumice.schedules.cuda.output import Output, barrier, local, product
+from pumice.schedules.cuda.staging import InputTile
 from pumice.schedules.cuda.tiling import WARP, entry_words
 from pumice.schedules.emit import Buffer, Expr
-from pumice.schedules.geometry import LANES, Geometry
+from pumice.schedules.geometry import LANES
 
 
 class ConvolutionEmitter:
@@ -49,13 +50,19 @@ class ConvolutionEmitter:
             self.tile, self.lane, self.warp = tile, lane, warp
             self.first_quad = group * self.tiling.block_quads
             self.position = work.places.target.base + tile * self.tiling.positions
-            self.input = T.alloc_buffer((work.slab_words,), self.acc_dtype, scope="shared")
+            phases = self.slab.phases
+            tile_rows = min(self.tiling.words, work.words) * phases
+            copied = InputTile(work.places.source, self.slab, work.words * phases, tile_rows)
+            self.input = self.x
+            if work.copies_input:
+                self.input = T.alloc_buffer((work.slab_words,), self.acc_dtype, scope="shared")
             self.lists = T.alloc_buffer((work.list_words,), "int32", scope="shared")
             self.acc = local(self.acc_dtype, self.tiling.quads * QUAD * self.tiling.vectors)
             self.copied = local("int32", 2)  # the first block that is copied, and the end
             self._start()
             with emit.loop(work.tiles) as step:
-                self._copy_input(step)
+                if work.copies_input:
+                    copied.copy(self.x, self.input, step, self.position, warp, lane, self.tiling.warps)
                 count = self._copy_columns(step) if work.is_dense else None
                 if count is None:
                     self._copy_lists(step)
@@ -63,7 +70,7 @@ class ConvolutionEmitter:
                 if count is None:
                     self._walk_lists(step)
                 else:
-                    self._walk_columns(count)
+                    self._walk_columns(step, count)
                 if work.tiles > 1:
                     barrier()
             self._finish()
@@ -85,24 +92,6 @@ class ConvolutionEmitter:
             quad = tirx.min(self._quad(q), self.work.quads - 1)
             T.buffer_store(self.acc, self.output.bias[quad * QUAD + row], [self._register(q, row, v)])
 
-    def _copy_input(self, step: Expr) -> None:
-        """Rows of the input, a warp for each; beyond the plane, which no pixel's taps reach, zeros."""
-        work, slab, source = self.work, self.slab, self.work.places.source
-        whole = self.tiling.words * slab.phases
-        rows = tirx.min(tirx.const(whole, "int32"), work.words * slab.phases - step * whole)
-        first = self.position + slab.lowest
-        with T.serial(0, -(-min(whole, work.words * slab.phases) // self.tiling.warps)) as i:
-            row = i * self.tiling.warps + self.warp
-            with T.If(row < rows), T.Then(), T.unroll(0, -(-slab.pitch // WARP)) as part:
-                place = part * WARP + self.lane
-                with T.If(place < slab.pitch), T.Then(), T.If(_is_inside(first + place, source)):
-                    to = row * slab.pitch + place
-                    with T.Then():
-                        value = self.x[(step * whole + row) * source.positions + first + place]
-                        T.buffer_store(self.input, value, [to])
-                    with T.Else():
-                        T.buffer_store(self.input, tirx.const(0, self.acc_dtype), [to])
-
     def _copy_columns(self, step: Expr) -> Expr:
         """Weights and offsets of all columns of the tile; gives how many there are."""
         work = self.work
@@ -120,13 +109,13 @@ class ConvolutionEmitter:
         self._for_threads(quads * count, copy_block)
         return count
 
-    def _walk_columns(self, count: Expr) -> None:
+    def _walk_columns(self, step: Expr, count: Expr) -> None:
         """A column: one offset, the words of the input, and for each quad four weights."""
         tiling = self.tiling
         x, w = local(self.acc_dtype, tiling.vectors), local("int32", QUAD)
         last = tirx.min(tirx.const(tiling.block_quads, "int32"), self.work.quads - self.first_quad) - 1
         with T.serial(0, count, annotations=_UNROLLED) as column:
-            self._load_input(x, self.lists[self.work.capacity * QUAD + column])
+            self._load_input(x, step, self.lists[self.work.capacity * QUAD + column])
             with T.unroll(0, tiling.quads) as q:
                 quad = tirx.min(self.warp * tiling.quads + q, last)
                 emit.store(w, 0, emit.load(self.lists, (quad * count + column) * QUAD, QUAD), QUAD)
@@ -159,7 +148,7 @@ class ConvolutionEmitter:
             with T.serial(0, walked[1] - walked[0], annotations=_UNROLLED) as i:
                 place = (walked[0] - self.copied[0] + i) * entry
                 emit.store(block, 0, emit.load(self.lists, place, loaded), loaded)
-                self._load_input(x, block[shared] if shared < loaded else self.lists[place + shared])
+                self._load_input(x, step, block[shared] if shared < loaded else self.lists[place + shared])
                 self._multiply(x, block, q, which * shared, shared)
 
     def _find_lists(self, limits: Buffer, step: Expr, which: Expr | int, count: int) -> None:
@@ -170,9 +159,15 @@ class ConvolutionEmitter:
         T.buffer_store(limits, self.start[step * lists + first], [0])
         T.buffer_store(limits, self.start[step * lists + end], [1])
 
-    def _load_input(self, x: Buffer, offset: Expr) -> None:
+    def _load_input(self, x: Buffer, step: Expr, offset: Expr) -> None:
+        """Where it is not copied, positions that are not computed read the last one's words."""
+        work = self.work
+        first = step * self.tiling.words * self.slab.phases * self.slab.pitch
         with T.unroll(0, self.tiling.vectors) as v:
-            T.buffer_store(x, self.input[offset + self.lane + v * WARP], [v])
+            place = offset + self.lane + v * WARP
+            if not work.copies_input:
+                place = first + offset + tirx.min(self.position + self.lane + v * WARP, self.end - 1)
+            T.buffer_store(x, self.input[place], [v])
 
     def _multiply(self, x: Buffer, w: Buffer, q: Expr, row0: Expr | int, rows: int) -> None:
         with T.unroll(0, rows) as r, T.unroll(0, self.tiling.vectors) as v:
@@ -207,10 +202,6 @@ class ConvolutionEmitter:
 
     def _register(self, q: Expr | int, row: Expr | int, v: Expr | int) -> Expr:
         return (q * QUAD + row) * self.tiling.vectors + v
-
-
-def _is_inside(position: Expr, plane: Geometry) -> Expr:
-    return tirx.all(position >= 0, position < plane.positions)
 
 
 _UNROLLED = {"pragma_unroll": 4}  # by nvcc; left alone it takes 16 steps at once, and lists are short

@@ -73,9 +73,14 @@ class CudaLayer:
         return self.places.target.positions == 1 and self.places.source.positions == 1
 
     @property
+    def copies_input(self) -> bool:
+        """Whether a thread block copies its part of the input into shared memory."""
+        return self.tiling.copies and not self.has_one_position
+
+    @property
     def slab(self) -> Slab:
         """The input's part in shared memory."""
-        return Slab.of(self.places, 0 if self.has_one_position else self.tiling.positions)
+        return Slab.of(self.places, self.tiling.positions if self.copies_input else 0)
 
     @property
     def taps(self) -> int:
@@ -91,7 +96,7 @@ class CudaLayer:
     def slab_words(self) -> int:
         """32-bit words of shared memory for the input."""
         slab = self.slab
-        return min(self.tiling.words, self.words) * slab.phases * slab.pitch
+        return min(self.tiling.words, self.words) * slab.phases * slab.pitch if self.copies_input else 0
 
     @property
     def list_words(self) -> int:

@@ -8,7 +8,7 @@ for each tile of ``32 * vectors`` positions and each group of ``warps * quads`` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pumice.schedules.blocks import QUAD, Blocks
 from pumice.schedules.places import Places
@@ -25,12 +25,14 @@ class Tiling:
     quads: of output rows that a warp computes
     vectors: positions of a thread, 32 apart
     words: input words in a tile of the reduction
+    copies: whether the input is copied into shared memory; if not, it is read where it is
     """
 
     warps: int
     quads: int
     vectors: int
     words: int
+    copies: bool = True
 
     @property
     def threads(self) -> int:
@@ -98,22 +100,26 @@ def tilings(blocks: Blocks, places: Places) -> list[Tiling]:
             if warps * each >= 2 * quads and warps > 2:
                 continue
             enough = tiles * -(-quads // (warps * each)) >= _FULL
-            found.append((not enough, _with_words(blocks, places, warps, each, vectors)))
-    return [tiling for _, tiling in sorted(found, key=lambda item: item[0])]
+            found.append((not enough, _with_words(blocks, places, Tiling(warps, each, vectors, 1))))
+    return [tiling for _, tiling in sorted(found, key=lambda item: item[0])] + [_without_copies(blocks, places)]
 
 
-def _with_words(blocks: Blocks, places: Places, warps: int, quads: int, vectors: int) -> Tiling:
+def _without_copies(blocks: Blocks, places: Places) -> Tiling:
+    """For taps so far apart that shared memory does not hold what lies between."""
+    return _with_words(blocks, places, Tiling(2, 1, 4, 1, copies=False))
+
+
+def _with_words(blocks: Blocks, places: Places, tiling: Tiling) -> Tiling:
     """The longest tile of the reduction that leaves room for another thread block beside this one."""
     if places.source.positions == places.target.positions == 1:  # nothing is kept in shared memory
-        return Tiling(warps, quads, vectors, blocks.words)
-    words = min(blocks.words, _LONGEST)
-    slab = Slab.of(places, WARP * vectors)
+        return replace(tiling, words=blocks.words)
+    slab = Slab.of(places, tiling.positions)
     share = blocks.work / max(1, blocks.rows * blocks.taps * blocks.words)
     share = 1.0 if blocks.is_dense else min(1.0, _UNEVEN * share)
     entry = QUAD if blocks.is_dense else entry_words(blocks.shared) * QUAD // blocks.shared
-    for_word = slab.phases * slab.pitch + share * blocks.taps * warps * quads * entry
-    words = max(1, min(words, int(_ROOM / 4 / for_word)))
-    return Tiling(warps, quads, vectors, -(-blocks.words // -(-blocks.words // words)))
+    for_word = share * blocks.taps * tiling.block_quads * entry + (slab.phases * slab.pitch if tiling.copies else 1)
+    words = max(1, min(blocks.words, _LONGEST, int(_ROOM / 4 / for_word)))
+    return replace(tiling, words=-(-blocks.words // -(-blocks.words // words)))
 
 
 _FULL = 128  # thread blocks that keep most GPUs busy

@@ -84,6 +84,7 @@ pumice_status device_open(uint32_t threads, device **opened, report to) {
     if (device == MAP_FAILED)
         return fail(to, PUMICE_NO_MEMORY, "the system gave no %llu bytes of memory", (unsigned long long)size);
     if (size >= HUGE_PAGE) madvise(device, size, MADV_HUGEPAGE); /* without such pages it is only slower */
+    memset(device, 0, size); /* now, so that no run waits for the system to find the pages */
     device->tasks = threads;
     device->process = getpid();
     device->size = size;

@@ -6,10 +6,15 @@ from network import Network, residual_network
 from tvm.relax import op as R
 
 from pumice.errors import ModelError
-from pumice.module import layers_of, weights_of
+from pumice.module import layers_of, weights_of, with_layers, with_weights
+from pumice.passes import evaluate
 from pumice.passes.calibrate import Calibrate
+from pumice.passes.correct_bias import CorrectBias
 from pumice.passes.dataflow import Dataflow
-from pumice.passes.evaluate import Evaluator
+from pumice.passes.evaluate import Evaluator, SharedEvaluator
+from pumice.passes.layer_error import RecordLayerErrors, layer_results
+from pumice.passes.layers import find_layers
+from pumice.passes.pipeline import lower
 from pumice.passes.quantize import Quantize
 
 
@@ -104,3 +109,40 @@ def test_a_scalar_input_and_a_missing_one():
     np.testing.assert_array_equal(evaluator.run({"x": np.arange(3), "factor": np.array(2)})["y"], [0, 2, 4])
     with pytest.raises(ModelError, match="no array for input 'factor'"):
         evaluator.run({"x": np.arange(3)})
+
+
+def test_passes_that_share_an_evaluator_compile_once(monkeypatch):
+    """And find what they find alone."""
+    mod = residual_network()
+    samples = {"image": np.random.default_rng(1).normal(0, 1, (8, 4, 12, 12)).astype(np.float32)}
+    compiled = []
+    monkeypatch.setattr(evaluate, "lower", lambda *args: compiled.append(args) or lower(*args))
+
+    def road(evaluator):
+        given = [] if evaluator is None else [evaluator]
+        after = Quantize()(Calibrate(samples, "minmax", None, None, *given)(mod))
+        after = CorrectBias(mod, samples, 256, *given)(after)
+        return RecordLayerErrors(mod, samples, 8, *given)(after)
+
+    alone = road(None)
+    assert len(compiled) == 4
+    foreseen = [*(layer.data for layer in find_layers(mod)), *layer_results(mod).values()]
+    shared = road(SharedEvaluator(foreseen))
+    assert len(compiled) == 4 + 2  # the float module, and the quantized one
+    for one, other in zip(layers_of(alone).values(), layers_of(shared).values(), strict=True):
+        assert one.snr_db == pytest.approx(other.snr_db, abs=0.1)
+    for name, value in weights_of(alone).items():
+        np.testing.assert_allclose(weights_of(shared)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_another_module_or_another_variable_is_compiled_for_itself():
+    mod = residual_network()
+    first, last = [var for var in Dataflow(mod).value if var.name in ("stem.relu", "mean")]
+    shared = SharedEvaluator()
+    evaluator = shared.of(mod, [first])
+    assert shared.of(with_layers(mod, {}), [first]) is evaluator  # records change no number
+    assert shared.of(mod, [last]) is not evaluator
+    sample = {"image": np.ones((1, 4, 12, 12), np.float32)}
+    doubled = with_weights(mod, {name: 2 * value for name, value in weights_of(mod).items()})
+    (value,), (other,) = (shared.of(each, [first]).observe(sample) for each in (mod, doubled))
+    np.testing.assert_allclose(other, 2 * value, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ import pumice
 from pumice import loader
 from pumice.bundle import cut, write_bundle
 from pumice.cli import main
-from pumice.errors import ModelError, PumiceError, UnsupportedError, UsageError
+from pumice.errors import MissingDependencyError, ModelError, PumiceError, UnsupportedError, UsageError
 from pumice.loader import INDEX, Bundle
 
 SHAPE = (1, 1, 8, 8)
@@ -78,6 +78,22 @@ def test_the_best_that_the_cpu_can_run_is_chosen(bundle, variants, cpu, samples)
         model = pumice.load(bundle, threads=1)
         assert model.manifest["target"]["name"] == target
         np.testing.assert_array_equal(model(samples[:1])["logits"], expected)
+
+
+def test_a_variant_without_its_device_is_passed_over(bundle, variants, cpu, monkeypatch):
+    cpu("x86_64", {"fpu", *features_of(variants["x86-64-v3"])})
+    opened = []
+
+    class Model(loader.Model):
+        def __init__(self, library, threads):
+            opened.append(library.name)
+            if len(opened) == 1:
+                raise MissingDependencyError("no GPU")
+            super().__init__(library, threads)
+
+    monkeypatch.setattr(loader, "Model", Model)
+    assert loader.load(bundle).manifest["target"]["name"] == "x86-64"
+    assert [name.rpartition("(")[2] for name in opened] == ["x86-64-v3.so)", "x86-64.so)"]
 
 
 def test_without_a_list_of_features_the_library_itself_decides(bundle, cpu):

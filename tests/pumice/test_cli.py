@@ -141,6 +141,11 @@ def test_help_shows_an_example(run, command):
         ["run", "LIBRARY", "-i", "CAL", "-o", "CAL"],
         ["run", "LIBRARY", "-i", "CAL", "--threads", "0"],
         ["run", "LIBRARY", "-i", "CAL", "--threads", "two"],
+        ["verify", "LIBRARY", "--threads", "0"],
+        ["bundle", "LIBRARY"],
+        ["bundle", "-o", "OUT"],
+        ["bundle", "LIBRARY", "LIBRARY", "-o", "OUT"],  # the second would never be chosen
+        ["bundle", "LIBRARY", "-o", "LIBRARY"],
         ["bench", "LIBRARY", "--vs", "onnxruntime"],
         ["bench", "LIBRARY", "--seconds", "-1"],
         ["bench", "LIBRARY", "--seconds", "soon"],
@@ -170,6 +175,10 @@ def test_2_is_usage(run, tmp_path, model_path, calibration_path, library, argume
         ["compile", "MODEL", "-o", "OUT", *PINNED, "--no-quantize", "--masks", "CAL"],
         ["inspect", "none.so"],
         ["inspect", "EMPTY.so"],
+        ["inspect", "none.pum"],
+        ["verify", "EMPTY.so"],
+        ["verify", "MODEL"],
+        ["bundle", "LIBRARY", "EMPTY.so", "-o", "OUT"],
         ["run", "CAL", "-i", "CAL"],
         ["bench", "MODEL"],
     ],
@@ -188,7 +197,7 @@ def test_3_is_a_bad_model(run, tmp_path, model_path, calibration_path, library, 
     assert list(tmp_path.iterdir()) == [bad]
 
 
-@pytest.mark.parametrize("target", ["sm_87", "pentium", '{"kind": "cuda"}'])
+@pytest.mark.parametrize("target", ["sm_20", "pentium", '{"kind": "cuda"}'])
 def test_4_is_a_target_without_kernels(run, tmp_path, model_path, target):
     code, _, err = run("compile", model_path, "-o", tmp_path / "model.so", *PINNED, "--no-quantize", "--target", target)
     assert code == 4
@@ -211,6 +220,22 @@ def test_4_is_a_library_for_another_cpu(run, altered, image_path):
     code, _, err = run("run", altered('"popcnt"', '"flying"'), "-i", image_path)
     assert code == 4
     assert "flying" in err
+
+
+def test_a_library_for_another_machine_is_inspected_and_not_run(
+    run, tmp_path, model_path, calibration_path, image_path
+):
+    library = tmp_path / "model.so"
+    options = (*PINNED, "--calibration", calibration_path, "--target", "armv8.2-a+dotprod", "--no-check")
+    assert run("compile", model_path, "-o", library, *options)[0] == 0
+    code, out, _ = run("inspect", library)
+    assert code == 0
+    for shown in ("aarch64", "asimddp", "scale", "zero point", "SHA-256", "of weights", "layer", "conv"):
+        assert shown in out
+    for command in (("run", library, "-i", image_path), ("verify", library), ("bench", library)):
+        code, _, err = run(*command)
+        assert code == 4
+        assert "compiled for aarch64" in err
 
 
 def test_5_is_a_missing_tool(run, monkeypatch, tmp_path, model_path, library):

@@ -283,7 +283,7 @@ def command(tmp_path):
 def test_the_command(command, stub, tmp_path):
     code, out, _ = command(stub, "describe")
     assert code == 0
-    assert "output y\\x1b[31m: float32 2x3 (scale 0.5, zero point 3)" in out
+    assert "output y\\x1b[31m: float32 2x3 (in int8: scale 0.5, zero point 3)" in out
     np.savez(tmp_path / "in.npz", x=X)
     code, _, err = command(stub, "run", "in.npz", "out.npz")
     assert (code, err) == (0, "")

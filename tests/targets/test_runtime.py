@@ -33,23 +33,23 @@ PASSES = 20
 # last row out. Every task leaves its number in its scratch, and finds it there in the next step.
 STEPS = """
 #include <stdint.h>
-enum {{ SIZE = {size}, PASSES = {passes} }};
+enum { SIZE = 4096, PASSES = 20 };
 
-static int failing(const int32_t *input) {{ return input[0] == -1; }}
+static int failing(const int32_t *input) { return input[0] == -1; }
 
-int32_t pumice_steps(void **buffers, int32_t first, int32_t last, int32_t task, int32_t tasks) {{
+int32_t pumice_steps(void **buffers, int32_t first, int32_t last, int32_t task, int32_t tasks) {
     const int32_t *weights = buffers[0], *x = buffers[3];
     int32_t *workspace = buffers[1], *scratch = buffers[2], *y = buffers[4];
-    for (int32_t step = first; step < last; step++) {{
+    for (int32_t step = first; step < last; step++) {
         if (step == 0) scratch[0] = task;
         if (scratch[0] != task || (step == 3 && failing(x))) return -1;
         const int32_t *from = step ? workspace + (step - 1) * SIZE : x;
         int32_t *to = step < PASSES ? workspace + step * SIZE : y;
         for (int32_t i = SIZE * (int64_t)task / tasks; i < SIZE * (int64_t)(task + 1) / tasks; i++)
             to[i] = step && step < PASSES ? from[(i + 1) % SIZE] + weights[i] : from[i];
-    }}
+    }
     return 0;
-}}
+}
 """
 
 SPEC = ((SIZE,), "int32")
@@ -80,13 +80,13 @@ CHECK = Check((X,), tuple(checksum(row.tobytes()) for row in rows(X)), PASSES + 
 def make(tmp_path_factory):
     """A library around ``code``, as its path; ``changes`` are of the tables, ``flags`` of the compiler."""
 
-    def make(code: str = STEPS.format(size=SIZE, passes=PASSES), features=frozenset(), flags=(), **changes) -> Path:
+    def make(code=STEPS, features=(), flags=(), libc=None, **changes) -> Path:
         folder = tmp_path_factory.mktemp("library")
-        target = replace(Target.parse("native"), features=frozenset(features))
+        target = changes.get("target", replace(Target.parse("native"), features=frozenset(features)))
         tables = replace(ModelTables(plan(), target, ["x"], ["y"], 4, CHECK), **changes)
         Path(folder, "steps.c").write_text(code)
         Path(folder, "manifest.json").write_text('{"some": "thing"}')
-        toolchain = find_toolchain(target)
+        toolchain = find_toolchain(target, libc)
         strict = ("-Wall", "-Wextra", "-Werror", *flags)
         link(replace(toolchain, command=(*toolchain.command, *strict)), tables, ["steps.c"], folder)
         return folder / "linked.so"
@@ -403,7 +403,22 @@ def test_only_the_interface_is_visible(make):
 
 def test_what_is_not_there_is_no_library(make):
     with pytest.raises(MissingDependencyError, match="no_such_function"):
-        make(STEPS.format(size=SIZE, passes=PASSES).replace("return -1", "return no_such_function()"), flags=["-w"])
+        make(STEPS.replace("return -1", "return no_such_function()"), flags=["-w"])
+
+
+@pytest.mark.parametrize("libc", [None, "glibc-2.17", "musl"])
+@pytest.mark.parametrize("name", ["x86-64", "armv8-a"])
+def test_every_compiler_builds_it_without_a_warning(make, name, libc):
+    target = replace(Target.parse(name), features=frozenset())
+    try:
+        path = make(flags=["-pedantic", "-Wno-unused-command-line-argument"], target=target, libc=libc)
+    except MissingDependencyError as error:
+        if "none was found" not in str(error):
+            raise
+        pytest.skip(str(error))
+    elf = Elf.read(path)
+    assert elf.machine == target.architecture
+    assert {library.partition(".")[0] for library in elf.needed} <= {"libc", "libm", "libpthread"}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++: apt-get install g++")

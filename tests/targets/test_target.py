@@ -92,12 +92,14 @@ def test_gpus_have_a_cpu_beside_them(text, architectures, host):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sm_70", "sm_75"),
+        ("sm_70", "sm_90"),
+        ("rasberry-pi-5", "(like yours: raspberry-pi-5, "),
+        ("x86-64-v4-vnn", "x86-64-v4-vnni"),
         ("sm_90@", "not known"),
         ("sm_90@sm_90", "not known"),
         ('{"kind": "cuda", "arch": "sm_90"}', "kind 'cuda'"),
-        ("pentium", "x86-64-v4-vnni"),
-        ("", "native"),
+        ("pentium", "`pumice targets`"),
+        ("", "JSON"),
         ('{"kind"', "not known"),
         ("llvm -mcpu=znver4", "JSON"),
         ('{"kind": "llvm", "mcpu": "bogus"}', "no x86_64 CPU called 'bogus'"),

@@ -264,25 +264,46 @@ inline int pumice_dp4a_us(int x, int w, int acc) {
   return acc;
 }
 
-/* Sparse tensor cores: m16n8k64, by the layouts of the PTX ISA. Each lane shows its registers, and finds for each of
-   its four results the weights of the row, by the metadata their places, and the inputs of the position. */
+/* Tensor cores, by the layouts of the PTX ISA. Each lane shows its registers, and finds for each of its four results the
+   weights of the row and the inputs of the position. */
+inline void pumice_show(pumice::Warp &warp, const int *a, const int *b, int words, int metadata) {
+  uint32_t *shown = warp.registers[pumice::current->lane];
+  memcpy(shown, a, 16);
+  memcpy(shown + 4, b, 4 * words);
+  memcpy(shown + 8, &metadata, 4);
+  pumice::wait(warp.barrier);
+}
+
+/* The product of the `kept`-th weight of `row` with input `k` at position `column`. */
+inline int pumice_product(const pumice::Warp &warp, unsigned row, unsigned kept, unsigned k, unsigned column) {
+  const uint32_t w = warp.registers[row % 8 * 4 + kept % 16 / 4][kept / 16 * 2 + row / 8] >> kept % 4 * 8;
+  const uint32_t x = warp.registers[column * 4 + k % 16 / 4][4 + k / 16] >> k % 4 * 8;
+  return static_cast<int8_t>(w) * static_cast<uint8_t>(x);
+}
+
+/* m16n8k32 */
+inline void pumice_mma(int *acc, const int *a, const int *b) {
+  pumice::Warp &warp = pumice::warps[pumice::current->warp];
+  const unsigned lane = pumice::current->lane;
+  pumice_show(warp, a, b, 2, 0);
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned k = 0; k < 32; ++k)
+      acc[i] += pumice_product(warp, lane / 4 + i / 2 * 8, k, k, lane % 4 * 2 + i % 2);
+  pumice::wait(warp.barrier);
+}
+
+/* Sparse m16n8k64 */
 inline void pumice_mma_sp(int *acc, const int *a, const int *b, int metadata) {
   pumice::Warp &warp = pumice::warps[pumice::current->warp];
   const unsigned lane = pumice::current->lane;
-  memcpy(warp.registers[lane], a, 16);
-  memcpy(warp.registers[lane] + 4, b, 16);
-  memcpy(warp.registers[lane] + 8, &metadata, 4);
-  pumice::wait(warp.barrier);
+  pumice_show(warp, a, b, 4, metadata);
   for (unsigned i = 0; i < 4; ++i) {
-    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    const unsigned group = row % 8 * 4, upper = row / 8;
+    const unsigned row = lane / 4 + i / 2 * 8;
     for (unsigned kept = 0; kept < 32; ++kept) {
       const unsigned four = kept / 2;
-      const uint32_t places = warp.registers[group + upper + four / 8 * 2][8] >> four % 8 * 4;
+      const uint32_t places = warp.registers[row % 8 * 4 + row / 8 + four / 8 * 2][8] >> four % 8 * 4;
       const unsigned k = four * 4 + (places >> kept % 2 * 2 & 3);
-      const uint32_t w = warp.registers[group + kept % 16 / 4][kept / 16 * 2 + upper] >> kept % 4 * 8;
-      const uint32_t x = warp.registers[column * 4 + k % 16 / 4][4 + k / 16] >> k % 4 * 8;
-      acc[i] += static_cast<int8_t>(w) * static_cast<uint8_t>(x);
+      acc[i] += pumice_product(warp, row, kept, k, lane % 4 * 2 + i % 2);
     }
   }
   pumice::wait(warp.barrier);

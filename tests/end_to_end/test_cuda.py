@@ -1,0 +1,140 @@
+"""Networks compiled for GPUs, their kernels emulated on this CPU: the same numbers as on x86, to the bit in int8."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda import FakeDriver, emulated_library, needs_gxx
+from tiny import tiny_onnx
+from tvm.ir import IRModule
+
+import pumice
+from pumice.demo.run import SHAPE, DemoData, read_data
+from pumice.driver import CompileOptions, Stages, prepare
+from pumice.errors import MissingDependencyError
+from pumice.frontend import read_model
+from pumice.loader import load
+from pumice.passes.link_steps import link_steps
+from pumice.passes.pipeline import LowerOptions, lower
+from pumice.targets.executor import build_executor
+from pumice.targets.target import Target
+
+pytestmark = needs_gxx
+
+IMAGES = 200
+QUICK = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return FakeDriver(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> DemoData:
+    return read_data(Path(str(files("pumice.demo"))), tmp_path_factory.mktemp("data"))
+
+
+def on_this_cpu(mod: IRModule, feeds: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """The first output for each of ``feeds``."""
+    target = Target.parse("native")
+    executor = build_executor(link_steps(lower(mod, target, LowerOptions(1))), target)
+    found = []
+    for feed in feeds:
+        for buffer, array in zip(executor.inputs, feed.values(), strict=True):
+            buffer[...] = array
+        executor.run()
+        found.append(executor.outputs[0].copy())
+    return found
+
+
+def test_the_demo_network_gives_the_same_logits(driver, data, tmp_path):
+    mod = read_model(data.models["blocks90"], {"image": SHAPE})
+    mod = prepare(mod, QUICK, {"image": data.calibration_images[:100]}, None, Stages(None))
+    emulated = emulated_library(mod, tmp_path / "model.so", {"image": data.test_images[:1]})
+    expected = on_this_cpu(mod, [{"image": image[None]} for image in data.test_images[:IMAGES]])
+    with load(emulated.path) as model:
+        model.verify()
+        logits = [model(image[None])["y0"] for image in data.test_images[:IMAGES]]
+    np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(expected))
+    assert np.mean(np.concatenate(logits).argmax(1) == data.test_labels[:IMAGES]) > 0.9
+    assert model.manifest["check"]["exact"] == len(emulated.plan.steps)
+
+
+@pytest.mark.slow
+def test_mobilenet_gives_the_same_integers(driver, tmp_path):
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+    from bench.networks import MobileNetV2
+
+    torch.manual_seed(0)
+    image = np.random.default_rng(0).standard_normal((2, 3, 96, 96)).astype(np.float32)
+    mod = prepare(
+        read_model(MobileNetV2().eval(), (torch.zeros(1, 3, 96, 96),)),
+        CompileOptions(prune="magnitude:1x4:0.7", equalize=False, correct_bias=False, measure_errors=False),
+        {"image": image},
+        None,
+        Stages(None),
+    )
+    emulated = emulated_library(mod, tmp_path / "model.so", {"image": image[:1]})
+    (expected,) = on_this_cpu(mod, [{"image": image[1:]}])
+    with load(emulated.path) as model:
+        model.verify()
+        np.testing.assert_array_equal(model(image[1:])["y0"], expected)
+
+
+@pytest.mark.slow
+def test_a_sentence_encoder_gives_the_same_embedding(driver, tmp_path):
+    """Attention adds float products, which CPUs round once or twice; what follows may round to another byte."""
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+    from bench.networks import MiniLM
+
+    torch.manual_seed(0)
+    draw, mask = np.random.default_rng(0), np.ones((2, 64), np.int64)
+    mask[:, 40:] = 0
+    tokens = {
+        "input_ids": draw.integers(0, 30000, (2, 64)),
+        "attention_mask": mask,
+        "token_type_ids": np.zeros((2, 64), np.int64),
+    }
+    examples = tuple(torch.from_numpy(array[:1]) for array in tokens.values())
+    mod = prepare(
+        read_model(MiniLM().eval(), examples),
+        CompileOptions(prune="magnitude:1x4:0.8", equalize=False, correct_bias=False, measure_errors=False),
+        tokens,
+        None,
+        Stages(None),
+    )
+    first = {name: array[:1] for name, array in tokens.items()}
+    emulated = emulated_library(mod, tmp_path / "model.so", first)
+    (expected,) = on_this_cpu(mod, [first])
+    with load(emulated.path) as model:
+        model.verify()
+        np.testing.assert_allclose(model(*first.values())["y0"], expected, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc: apt-get install nvidia-cuda-toolkit")
+def test_a_library_has_code_for_every_architecture(tmp_path):
+    """Without a driver it is compiled, saved and described; only running it is refused."""
+    samples = np.random.default_rng(1).random((4, 1, 8, 8), dtype=np.float32)
+    arguments = {"inputs": {"image": (1, 1, 8, 8)}, "calibration": {"image": samples}, "target": "cuda@x86-64"}
+    model = pumice.compile(tiny_onnx(), **arguments)
+    assert model.manifest["target"]["gpus"] == list(Target.parse("cuda").gpus)
+    assert all("cuda" in layer.kernel for layer in model.layers)
+    model.save(tmp_path / "model.so")
+    pumice.compile(tiny_onnx(), **arguments).save(tmp_path / "again.so")
+    assert (tmp_path / "model.so").read_bytes() == (tmp_path / "again.so").read_bytes()
+
+
+def test_without_nvcc_the_message_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr("pumice.targets.nvcc.USUAL", str(tmp_path / "nvcc"))
+    monkeypatch.setattr("pumice.targets.nvcc._in_wheels", list)
+    monkeypatch.setattr("pumice.driver.find_toolchain", lambda *_: None)
+    with pytest.raises(MissingDependencyError, match=r"nvcc.*nvidia-cuda-toolkit"):
+        pumice.compile(tiny_onnx(), inputs={"image": (1, 1, 8, 8)}, target="sm_87", quantize=False)
