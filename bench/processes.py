@@ -1,4 +1,4 @@
-"""Each measurement in a process of its own: TVM's thread pool does not change its size, and memory is given back."""
+"""Each measurement in a process of its own: memory is given back, and no engine's threads outlive their turn."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from pumice.passes.packed import Builder, Packed
 from pumice.passes.rewriting import shape_of
 from pumice.passes.views import View, head_layout, view
 from pumice.schedules.attention import Attention, Bias, Heads, Requantize, attention
+from pumice.schedules.cuda.attention import cuda_attention, fits
 from pumice.schedules.geometry import Geometry
 from pumice.schedules.layout import Packing, pack, unpack
 
@@ -48,7 +49,9 @@ def lower_attention(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
         threads=builder.threads,
     )
     arguments = [q, k, v] + ([] if bias is None else [bias[0]])
-    expr = builder.call(work, attention, arguments, work.output_shape, "float32" if quant is None else "uint8")
+    make = cuda_attention if builder.target.runs_on_gpu and fits(work) else attention
+    dtype = "float32" if quant is None else "uint8"
+    expr = builder.call(work, make, arguments, work.output_shape, dtype, "attention")
     packed = Packed(expr, count * value_size, geometry, quant)
     for reader in [*between, *readers]:
         builder.define(reader, packed)

@@ -12,6 +12,7 @@ from pumice.passes.fusion import Quant
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.placement import is_map, plane_of
 from pumice.passes.rewriting import shape_of
+from pumice.schedules.cuda.packed_norm import cuda_packed_norm
 from pumice.schedules.normalization import LayerNorm, layer_norm
 from pumice.schedules.packed_norm import PackedNorm, packed_norm
 
@@ -63,7 +64,8 @@ def _norm_packed(builder: Builder, var: relax.Var, call: relax.Call) -> bool:
     floats = relax.TensorType([work.rows, work.positions, 1], "float32")
     bytes_ = relax.TensorType([work.rows // 4, work.positions, 4], "uint8")
     types = [floats if stored is None else bytes_ for _, stored in written]
-    results = builder.call_for(work, packed_norm, [source.expr, *rows], types)
+    make = cuda_packed_norm if builder.target.runs_on_gpu else packed_norm
+    results = builder.call_for(work, make, [source.expr, *rows], types, "packed_norm")
     for (made, stored), expr in zip(written, results, strict=True):
         builder.define(made, Packed(expr, channels, source.geometry, stored))
     return True

@@ -21,6 +21,8 @@ from pumice.schedules import emit
 from pumice.schedules.emit import Buffer, Expr
 from pumice.targets.isa import Isa
 
+KEYS = 256  # of a block at most: a tile of queries against them stays in the second-level cache
+LOWEST = -3.4028234663852886e38  # the lowest float32 that is not -inf
 QUAD = 4  # rows of a product that share the loads of a vector; four output rows are one packed word
 
 
@@ -104,7 +106,7 @@ class _Emitter:
         self.lanes = min(isa.lanes, 1 << (work.q.length.bit_length() - 1))
         self.vectors = -(-work.q.length // self.lanes)
         self.tiles = -(-self.vectors // (isa.registers * 3 // 16))
-        self.keys = -(-work.k.length // -(-work.k.length // _KEYS))
+        self.keys = -(-work.k.length // -(-work.k.length // KEYS))
         self.keys += -self.keys % QUAD
 
     def emit(self) -> None:
@@ -238,7 +240,7 @@ class _Tile:
 
     def _finite(self, largest: Expr) -> Expr:
         """-inf as a number: keys that are hidden up to here must not make NaN of those that follow."""
-        return emit.at_least(largest, emit.splat(_LOWEST, self.lanes, "float32"))
+        return emit.at_least(largest, emit.splat(LOWEST, self.lanes, "float32"))
 
     def _invert_total(self) -> None:
         work = self.work
@@ -246,7 +248,7 @@ class _Tile:
         hidden = emit.splat(0.0 if work.guarded else float("nan"), self.lanes, "float32")  # times the sum, for its NaN
         for v in range(self.vectors):
             inverse = emit.splat(factor, self.lanes, "float32") / self._get(self.total, v)
-            is_hidden = self._get(self.largest, v) < emit.splat(_LOWEST, self.lanes, "float32")
+            is_hidden = self._get(self.largest, v) < emit.splat(LOWEST, self.lanes, "float32")
             self._set(self.total, v, tirx.Select(is_hidden, self._get(self.total, v) * hidden, inverse))
 
     def _values(self, key: Expr, keys: int, is_first: bool, is_last: bool) -> None:
@@ -336,6 +338,4 @@ class _Tile:
         emit.store(buffer, row * self.width + v * self.lanes, value, self.lanes)
 
 
-_KEYS = 256  # of a block at most: a tile of queries against them stays in the second-level cache
-_LOWEST = -3.4028234663852886e38  # the lowest float32 that is not -inf
 _PARALLEL_WORK = 500_000  # multiply-adds below which waking the other threads costs more than it saves

@@ -46,6 +46,15 @@ class PackedNorm:
         """Rows of the packed tensor."""
         return -(-self.channels // QUAD) * QUAD
 
+    @property
+    def arguments(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and data types of the kernel's arguments, by name."""
+        shape, quads = (self.rows, self.positions, 1), (self.rows // QUAD, self.positions, QUAD)
+        specs: dict[str, tuple[tuple[int, ...], str]] = {"x": (shape, "float32"), "gamma": ((self.rows,), "float32")}
+        specs |= {"beta": ((self.rows,), "float32")} if self.centres else {}
+        specs |= {"y": (shape, "float32")} if self.writes_float else {}
+        return specs | ({"y_bytes": (quads, "uint8")} if self.multiplier is not None else {})
+
 
 def packed_norm(work: PackedNorm, isa: Isa, name: str = "packed_norm") -> tirx.PrimFunc:
     """The PrimFunc of ``work``."""
@@ -61,12 +70,7 @@ class _Emitter:
 
     def emit(self) -> None:
         work = self.work
-        shape, quads = (work.rows, work.positions, 1), (work.rows // QUAD, work.positions, QUAD)
-        specs: dict[str, tuple[tuple[int, ...], str]] = {"x": (shape, "float32"), "gamma": ((work.rows,), "float32")}
-        specs |= {"beta": ((work.rows,), "float32")} if work.centres else {}
-        specs |= {"y": (shape, "float32")} if work.writes_float else {}
-        specs |= {"y_bytes": (quads, "uint8")} if work.multiplier is not None else {}
-        self.buffers = dict(zip(specs, emit.arguments(**specs), strict=True))
+        self.buffers = dict(zip(work.arguments, emit.arguments(**work.arguments), strict=True))
         whole, rest = divmod(-(-work.span // self.lanes), self.largest)
         parallel = work.threads > 1 and work.rows * work.span > _PARALLEL_SIZE
         with emit.loop(whole + (rest > 0), parallel) as tile:

@@ -6,13 +6,14 @@
             if step == 1: layer_conv1(buffers[1] + 0, buffers[0] + 0, ..., scratch, task, tasks)
 
 Several threads run one plan together: each calls the entry for every step with a ``task`` of its own, waits for the
-others, and goes on to the next step. A kernel's outermost loop, where it is parallel, is cut into as many parts as there
-are tasks; a kernel without one is run by task 0. So no thread is started and nothing is handed over within a plan, and
-whoever calls brings the threads. Nothing is allocated, checked or looked up between the steps.
+others, and goes on to the next step. A kernel's outermost loop, where it is parallel, is cut into as many parts as
+there are tasks; a kernel without one is run by task 0. So no thread is started and nothing is handed over within a
+plan, and whoever calls brings the threads. Nothing is allocated, checked or looked up between the steps.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,14 @@ from tvm.ir import Call, GlobalVar, IRModule, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from pumice.errors import UnsupportedError
 from pumice.targets.plan import ALIGNMENT, FIRST_INPUT, SCRATCH, Plan, View
 from pumice.targets.target import Target
 from pumice.targets.tasks import share
 
 ENTRY = "pumice_steps"
+
+_TVM_HOOK = re.compile(rb"\0__(TVM\w+)\0")  # a symbol's name
 
 _C_CALL = -1  # a calling convention that MakePackedAPI leaves alone: plain arguments
 _CPU = 1  # kDLCPU
@@ -46,9 +50,19 @@ class Code:
     scratch: int
 
     def write(self, folder: Path) -> list[str]:
-        """Write what is linked into a library into ``folder``; the files' names."""
-        self.module.write_to_file(str(folder / "code.o"))
-        return ["code.o"]
+        """Write what is linked into a library into ``folder``; the files' names.
+
+        Raises UnsupportedError where a kernel calls TVM's runtime, through a pointer that nobody would fill in.
+        """
+        code = folder / "code.o"
+        self.module.write_to_file(str(code))
+        hook = _TVM_HOOK.search(code.read_bytes())
+        if hook:
+            raise UnsupportedError(
+                f"an operator of the model was compiled into a call of TVM's runtime ({hook[1].decode()}), which a "
+                "library does without; find it among those that are not layers, and take it out or compute it outside"
+            )
+        return [code.name]
 
 
 def build(plan: Plan, target: Target, for_tvm: bool = True) -> Code:

@@ -188,10 +188,6 @@ def _packs(prefix: str, suffix: str) -> tuple[Narrow, Narrow]:
     )
 
 
-def _shuffled(name: str) -> dict[str, Any]:
-    return {"orders_rows": True, "shuffle": partial(_pshufb, f"llvm.x86.{name}")}
-
-
 _SINGLE = (_vpdpbusd, neon.sdot, neon.usdot)
 _512 = partial(
     Isa,
@@ -200,11 +196,20 @@ _512 = partial(
     window=64,
     permute=_permute512,
     narrow=_packs("avx512", ".512"),
-    **_shuffled("avx512.pshuf.b.512"),
+    orders_rows=True,
+    shuffle=partial(_pshufb, "llvm.x86.avx512.pshuf.b.512"),
 )
 _256 = partial(
-    Isa, lanes=8, registers=16, window=8, permute=_permute256, narrow=_packs("avx2", ""), **_shuffled("avx2.pshuf.b")
+    Isa,
+    lanes=8,
+    registers=16,
+    window=8,
+    permute=_permute256,
+    narrow=_packs("avx2", ""),
+    orders_rows=True,
+    shuffle=partial(_pshufb, "llvm.x86.avx2.pshuf.b"),
 )
+# Of the 32, neon's product wants some for what it adds up on the way.
 _NEON = partial(Isa, lanes=4, registers=32, rounds=neon.round_to_even, by_lane=True)
 _SIGNED = partial(_NEON, sign=0x80, narrow=(neon.narrow_words, neon.narrow_to_signed))
 

@@ -42,12 +42,6 @@ def hide(lanes: int, w: Expr) -> Expr:
     return tirx.reinterpret("int32x4", llvm("llvm.aarch64.neon.suqadd", "int8x16", _as_bytes(w), nothing))
 
 
-def shuffle_bytes(lanes: int, words: Expr, control: Expr) -> Expr:
-    """Byte i becomes byte ``control[i]``."""
-    shuffled = llvm("llvm.aarch64.neon.tbl1", "int8x16", _as_bytes(words), _as_bytes(control))
-    return tirx.reinterpret("int32x4", shuffled)
-
-
 def round_to_even(lanes: int, value: Expr) -> Expr:
     """float32 to int32, half to even, in one instruction."""
     return llvm("llvm.aarch64.neon.fcvtns", "int32x4", value)

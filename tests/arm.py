@@ -6,7 +6,6 @@ thread that waits for its kernel until all others wait too, and then builds and 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tvm
+from emulation import NEWEST, emulator, missing
 
 from pumice.targets.build import build
 from pumice.targets.plan import ALIGNMENT, WEIGHTS, Plan, Step, View, align
@@ -26,15 +26,11 @@ from pumice.targets.toolchain import find_toolchain
 
 TARGETS = {"neon": "armv8-a", "dotprod": "armv8.2-a+dotprod", "i8mm": "armv8.6-a+i8mm"}
 
-_CPUS = {"neon": "cortex-a53", "dotprod": "cortex-a76", "i8mm": "max"}  # that QEMU plays: none can do more than it may
+_CPUS = {"neon": "cortex-a53", "dotprod": "cortex-a76", "i8mm": NEWEST}  # that QEMU plays: none can do more than it may
 _TASKS = 3  # threads that a kernel is shared out to, one after the other
 _GUARD = 0x5C  # what lies between the arrays, and must stay
-_LIBC = "/usr/aarch64-linux-gnu"
 
-needs_emulation = pytest.mark.skipif(
-    not (shutil.which("qemu-aarch64-static") and shutil.which("aarch64-linux-gnu-gcc")),
-    reason="needs QEMU and a compiler for ARM: apt-get install qemu-user-static gcc-aarch64-linux-gnu",
-)
+needs_emulation = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 @dataclass(eq=False)
@@ -128,8 +124,8 @@ def execute(calls: Sequence[Call], isa_name: str) -> None:
         find_toolchain(target).link("kernels.so", ["code.o"], folder)
         memory.tofile(folder / "memory")
         parts = [_runner(), folder / "kernels.so", folder / "memory", code.scratch, len(steps), _TASKS]
-        emulator = ["qemu-aarch64-static", "-L", _LIBC, "-cpu", _CPUS[isa_name]]
-        done = subprocess.run([*emulator, *map(str, parts)], capture_output=True, text=True, check=False)
+        command = [*emulator(_CPUS[isa_name]), *map(str, parts)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"exit {done.returncode}: {done.stderr}"
         after = np.fromfile(folder / "memory", np.uint8)
     for call, place in zip(calls, places, strict=True):
@@ -159,6 +155,6 @@ def _lay_out(calls: Sequence[Call]) -> tuple[np.ndarray, list[list[int]]]:
 def _runner() -> Path:
     folder = tempfile.mkdtemp()
     source = Path(__file__).with_name("arm_runner.c")
-    command = ["aarch64-linux-gnu-gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-o", f"{folder}/runner"]
-    subprocess.run([*command, str(source), "-ldl"], check=True)
+    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O1", "-o", f"{folder}/runner", str(source), "-ldl"]
+    subprocess.run([*find_toolchain(Target.parse("armv8-a")).command, *options], check=True)
     return Path(folder, "runner")

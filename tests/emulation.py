@@ -22,15 +22,29 @@ SYSROOT = Path(os.environ.get("QEMU_LD_PREFIX", "/usr/aarch64-linux-gnu"))
 NEWEST = "max,sve=off,pauth-impdef=on"
 
 
+def missing() -> str | None:
+    """Why programs for ARM cannot be built and run here, and what to install."""
+    if _qemu() is None:
+        return "qemu is not installed: `apt-get install qemu-user-static libc6-arm64-cross`"
+    if host_architecture() != "aarch64" and not (SYSROOT / "lib" / "ld-linux-aarch64.so.1").exists():
+        return f"no ARM C library in {SYSROOT}: `apt-get install libc6-arm64-cross`, or set QEMU_LD_PREFIX"
+    try:
+        find_toolchain(Target.parse("armv8-a"))
+    except MissingDependencyError as error:
+        return str(error)
+    return None
+
+
 def emulator(cpu: str) -> list[str]:
     """The command before a program's own that runs it on ``cpu``; skips the test where there is none."""
-    qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if qemu is None:
-        pytest.skip("qemu is not installed: `apt-get install qemu-user-static libc6-arm64-cross`")
-    if host_architecture() != "aarch64" and not (SYSROOT / "lib" / "ld-linux-aarch64.so.1").exists():
-        pytest.skip(f"no ARM C library in {SYSROOT}: `apt-get install libc6-arm64-cross`, or set QEMU_LD_PREFIX")
+    if reason := missing():
+        pytest.skip(reason)
     prefix = [] if host_architecture() == "aarch64" else ["-L", str(SYSROOT)]
-    return [qemu, *prefix, "-cpu", cpu]
+    return [str(_qemu()), *prefix, "-cpu", cpu]
+
+
+def _qemu() -> str | None:
+    return shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 
 
 def build_program(target: Target, source: Path, library: Path, libc: str | None = None, links: bool = True) -> Path:

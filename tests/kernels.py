@@ -72,7 +72,7 @@ def run_kernel_for(function: tvm.tirx.PrimFunc, isa_name: str, *arrays: np.ndarr
     library = tvm.compile(tvm.IRModule({"kernel": named}), target=Target.parse(TARGETS[isa_name]).tvm)
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in turned]
     library["kernel"](*tensors)
-    return [tensor.numpy() for tensor in tensors[-outputs:]]
+    return _turned(isa_name, function, [tensor.numpy() for tensor in tensors[-outputs:]])
 
 
 def _turned(isa_name: str, function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

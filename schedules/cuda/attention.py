@@ -61,12 +61,15 @@ class _Emitter:
             self.place = tile * QUERIES + lane
             self.query = tirx.min(self.place, tirx.const(work.q.length - 1, "int32"))  # beyond the last: the last again
             self.queries = T.alloc_buffer((work.head_size * QUERIES,), "float32", scope="shared")
-            self.scores = T.alloc_buffer((min(self.keys, work.k.length) * QUERIES,), "float32", scope="shared")
+            self.scores = T.alloc_buffer((self.keys * QUERIES,), "float32", scope="shared")
             self.largest, self.total, self.shrink = (local("float32") for _ in range(3))
             self.output = local("float32", self.turns * QUAD)
             self._start()
-            for first in range(0, work.k.length, self.keys):
-                self._block(first, min(self.keys, work.k.length - first))
+            whole, rest = divmod(work.k.length, self.keys)
+            with emit.loop(whole) as block:
+                self._block(block * self.keys, self.keys)
+            if rest:
+                self._block(tirx.const(whole * self.keys, "int32"), rest)
             self._finish()
             self._fill_rest(tile, unit)
 
@@ -93,7 +96,7 @@ class _Emitter:
         self._in_turns(self.work.head_size, copy)
         barrier()
 
-    def _block(self, first: int, keys: int) -> None:
+    def _block(self, first: Expr, keys: int) -> None:
         """All queries of the tile against ``keys`` keys from ``first``."""
         self._in_turns(-(-keys // QUAD), lambda quad: self._scores(first, quad * QUAD, keys))
         barrier()
@@ -109,10 +112,9 @@ class _Emitter:
         with T.serial(0, keys) as j:
             T.buffer_store(self.total, self.total[0] + self.scores[j * QUERIES + self.lane], [0])
         self._values(first, keys)
-        if first + keys < self.work.k.length:
-            barrier()
+        barrier()
 
-    def _scores(self, first: int, j: Expr, keys: int) -> None:
+    def _scores(self, first: Expr, j: Expr, keys: int) -> None:
         """A quad of keys; the last ones may not be there."""
         acc = local("float32", QUAD)
         columns = [self._within(j + r, keys) for r in range(QUAD)]
@@ -140,13 +142,13 @@ class _Emitter:
         """The largest score, -inf as a number: keys that are hidden up to here must not make NaN of what follows."""
         return emit.at_least(self.largest[0], _number(LOWEST))
 
-    def _values(self, first: int, keys: int) -> None:
+    def _values(self, first: Expr, keys: int) -> None:
         with T.unroll(0, self.turns) as turn:
             quad = self._quad(turn)
-            rows = [self._at(self.work.v, self._within(quad * QUAD + r, self.work.value_size)) for r in range(QUAD)]
-            if first:
-                for r in range(QUAD):
-                    T.buffer_store(self.output, self.output[turn * QUAD + r] * self.shrink[0], [turn * QUAD + r])
+            last = tirx.const(self.work.value_size - 1, "int32")
+            rows = [self._at(self.work.v, tirx.min(quad * QUAD + r, last)) for r in range(QUAD)]
+            for r in range(QUAD):
+                T.buffer_store(self.output, self.output[turn * QUAD + r] * self.shrink[0], [turn * QUAD + r])
             with T.serial(0, keys) as j:
                 for r, row in enumerate(rows):
                     place = turn * QUAD + r

@@ -1,8 +1,8 @@
 """A weight as tensor cores take it: dense, or two of every four neighbouring inputs.
 
-An instruction multiplies 16 rows of 32 inputs (``mma``), or of 64 inputs of which 32 are kept (``mma.sp``), by the inputs
-of 8 positions. Which thread of a warp holds what is the layout of m16n8k32 and of sparse m16n8k64 in the PTX ISA; the
-order of metadata is that of CUTLASS (``reorder_meta``). With ``g = lane / 4``, ``t = lane % 4``:
+An instruction multiplies 16 rows of 32 inputs (``mma``), or of 64 inputs of which 32 are kept (``mma.sp``), by the
+inputs of 8 positions. Which thread of a warp holds what is the layout of m16n8k32 and of sparse m16n8k64 in the PTX
+ISA; the order of metadata is that of CUTLASS (``reorder_meta``). With ``g = lane / 4``, ``t = lane % 4``:
 
     weights   register i: row g + 8 (i % 2), kept inputs 16 (i / 2) + 4 t and the three after
     metadata  row g + 8 (t % 2), inputs 32 (t / 2) to 32 (t / 2) + 31: for each four of them 2 + 2 bits, lowest first

@@ -1,8 +1,8 @@
 """The kernel of a layer on tensor cores, from sm_80 on: dense int8 by ``mma``, two of four weights by ``mma.sp``.
 
 A warp has 32 output rows and all positions of its thread block. The block's threads copy a tile of the input into
-shared memory, where a lane finds its word of a column by the column's offset; weights come from memory as the lanes want
-them.
+shared memory, where a lane finds its word of a column by the column's offset; weights come from memory as the lanes
+want them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD
-from pumice.schedules.cuda.fragments import GROUP, Fragments, columns_of_step
+from pumice.schedules.cuda.fragments import GROUP, Fragments, columns_of_step, fragments, why_not_two_of_four
 from pumice.schedules.cuda.output import Output, barrier, local
 from pumice.schedules.cuda.staging import InputTile
-from pumice.schedules.cuda.tiling import WARP, Slab
+from pumice.schedules.cuda.tiling import FULL, WARP, Slab
 from pumice.schedules.emit import Expr
 from pumice.schedules.epilogue import Epilogue
 from pumice.schedules.geometry import LANES
@@ -33,7 +33,8 @@ class MmaLayer:
 
     Arguments of the kernel, in order: x uint8 ``[source_rows, P, 4]``; weight and metadata (two of four only) as in
     ``Fragments``; offsets int32 ``[columns of a tile]``; bias int32 ``[N]``; multiplier float32 ``[N]``; residual, like
-    the output (if any); mask int32 ``[P]`` (output with padding); output ``[N/4, P, 4]`` uint8 or ``[N, P, 1]`` float32.
+    the output (if any); mask int32 ``[P]`` (output with padding); output ``[N/4, P, 4]`` uint8 or ``[N, P, 1]``
+    float32.
     """
 
     source_rows: int
@@ -82,6 +83,30 @@ class MmaLayer:
     def slab_words(self) -> int:
         """32-bit words of shared memory for the input."""
         return self.tile_words * self.slab.phases * self.slab.pitch
+
+
+def on_tensor_cores(
+    rows: np.ndarray, source_rows: int, places: Places, epilogue: Epilogue
+) -> tuple[MmaLayer, dict[str, np.ndarray]] | None:
+    """A layer with int8 weight ``rows`` ``[N, taps, C]``, and the kernel's arguments between the input and the bias.
+
+    By ``mma.sp`` where two of four weights are left, else dense. None where taps lie too far apart.
+    """
+    is_sparse = why_not_two_of_four(rows) is None
+    warps, columns = _sizes(len(rows), places.target.span)
+    tile_words = mma_words(-(-rows.shape[2] // 4), places, is_sparse, columns)
+    if tile_words is None:
+        return None
+    weight = fragments(rows, is_sparse, tile_words)
+    work = MmaLayer(source_rows, weight.rows, weight.words, places, epilogue, is_sparse, tile_words, warps, columns)
+    return work, mma_constants(weight, work)
+
+
+def _sizes(rows: int, span: int) -> tuple[int, int]:
+    """Warps of a thread block and its positions by 8: the largest with which there are enough thread blocks."""
+    sizes = [(warps, columns) for columns in (8, 4, 2) for warps in (4, 2, 1)]
+    blocks = [-(-rows // (GROUP * warps)) * -(-span // (_COLUMNS * columns)) for warps, columns in sizes]
+    return next((size for size, count in zip(sizes, blocks, strict=True) if count >= FULL), sizes[-1])
 
 
 def mma_words(words: int, places: Places, is_sparse: bool, columns: int = 8) -> int | None:

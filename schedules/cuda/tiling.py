@@ -99,7 +99,7 @@ def tilings(blocks: Blocks, places: Places) -> list[Tiling]:
         for warps, each in ((8, 2), (8, 1), (4, 1), (2, 1)):
             if warps * each >= 2 * quads and warps > 2:
                 continue
-            enough = tiles * -(-quads // (warps * each)) >= _FULL
+            enough = tiles * -(-quads // (warps * each)) >= FULL
             found.append((not enough, _with_words(blocks, places, Tiling(warps, each, vectors, 1))))
     return [tiling for _, tiling in sorted(found, key=lambda item: item[0])] + [_without_copies(blocks, places)]
 
@@ -122,7 +122,7 @@ def _with_words(blocks: Blocks, places: Places, tiling: Tiling) -> Tiling:
     return replace(tiling, words=-(-blocks.words // -(-blocks.words // words)))
 
 
-_FULL = 128  # thread blocks that keep most GPUs busy
+FULL = 128  # thread blocks that keep most GPUs busy
 _LONGEST = 64
 _ROOM = 24 * 1024  # bytes of shared memory
 _UNEVEN = 1.5  # times the mean, the longest lists of a tile

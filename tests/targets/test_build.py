@@ -8,6 +8,7 @@ import pytest
 from lowering import NATIVE
 from tvm.script import tirx as T
 
+from pumice.errors import UnsupportedError
 from pumice.schedules.copy import copy
 from pumice.targets.build import build
 from pumice.targets.executor import Executor, build_executor
@@ -101,6 +102,33 @@ def test_tasks_share_a_kernel(plan):
     assert (y == 0).all()
     run(1, 0)
     np.testing.assert_array_equal(y, [2, 4, 6, 77, 10, 12, 14, 16, 18, 20])
+
+
+def test_nothing_of_tvms_runtime_is_called(plan, tmp_path):
+    """A buffer that TVM would allocate is scratch; a function that only TVM has is refused."""
+
+    @T.prim_func(private=True)
+    def with_registers(x: T.Buffer((10,), "int32"), y: T.Buffer((10,), "int32")):
+        T.func_attr({"tirx.noalias": True})
+        own = T.alloc_buffer((10,), "int32", scope="local")
+        for i in range(10):
+            own[i] = x[i] + 1
+        for i in range(10):
+            y[i] = own[9 - i]
+
+    @T.prim_func(private=True)
+    def calling(x: T.Buffer((10,), "int32"), y: T.Buffer((10,), "int32")):
+        T.func_attr({"tirx.noalias": True})
+        T.evaluate(T.tvm_call_packed("somebody.elses", 1))
+        y[0] = x[0]
+
+    spec = ((10,), "int32")
+    step = Step("kernel", (View(FIRST_INPUT), View(FIRST_INPUT + 1)), outputs=(40,))
+    plans = [Plan({"kernel": f}, (step,), plan.weights, 0, (spec,), (spec,)) for f in (with_registers, calling)]
+    code = build(plans[0], NATIVE, for_tvm=False)
+    assert code.scratch == 64 and code.write(tmp_path) == ["code.o"]
+    with pytest.raises(UnsupportedError, match=r"TVMFuncCall|TVMFFI"):
+        build(plans[1], NATIVE, for_tvm=False).write(tmp_path)
 
 
 def test_the_callers_buffers_may_lie_anyhow(plan):

@@ -211,6 +211,16 @@ def tasks() -> set[Path]:
     return set(Path("/proc/self/task").iterdir())
 
 
+def test_models_that_show_their_names_to_each_other_stay_apart(make):
+    """Both have a pumice_weights and a pumice_run for everyone to see, and each uses its own."""
+    other = replace(plan(), weights=np.zeros(ROW, np.uint8))
+    libraries = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in (make(), make(plan=other, check=None))]
+    turned = np.roll(X, 1 - PASSES)
+    for library, expected in zip(libraries, (rows(X)[-1], turned), strict=True):
+        with Instance(library, 2) as instance:
+            np.testing.assert_array_equal(instance.run(X), expected)
+
+
 def test_threads_that_wait_go_to_sleep_and_wake_up_again(library):
     before = tasks()
     with Instance(library, 3) as instance:

@@ -19,7 +19,7 @@ from reference import conv_accumulate, conv_int8, layer_float32
 
 from pumice.errors import MissingDependencyError
 from pumice.schedules.cuda.fragments import fragments, why_not_two_of_four
-from pumice.schedules.cuda.mma import MmaLayer, mma_constants, mma_layer, mma_words
+from pumice.schedules.cuda.mma import MmaLayer, mma_constants, mma_layer, mma_words, on_tensor_cores
 from pumice.schedules.epilogue import Epilogue, Residual
 from pumice.schedules.geometry import Geometry, Window
 from pumice.schedules.places import Places
@@ -48,6 +48,7 @@ class Case:
         weight = two_left(rng, n, x_shape[1], window.kernel)
         if not is_sparse:
             weight = rng.integers(-128, 128, weight.shape).astype(np.int8)
+        self.weight = weight
         bias = rng.integers(-3000, 3000, n).astype(np.int32)
         m = (rng.random(n) * 2e-3 / np.sqrt(weight[0].size)).astype(np.float32)
         out_shape = (x_shape[0], n, *output_size(x_shape[2:], window))
@@ -98,8 +99,8 @@ def test_int8_equals_the_definition(is_sparse):
     rng = np.random.default_rng(1)
     random = [
         Case(
-            seed, (1, int(rng.integers(1, 300)), 1, int(rng.integers(2, 150))), int(rng.integers(1, 100)), ONE, is_sparse,
-            residual=seed % 2 == 0, warps=int(rng.integers(1, 5)), columns=int(rng.choice([1, 2, 4, 8])),
+            seed, (1, int(rng.integers(1, 300)), 1, int(rng.integers(2, 150))), int(rng.integers(1, 100)), ONE,
+            is_sparse, residual=seed % 2 == 0, warps=int(rng.integers(1, 5)), columns=int(rng.choice([1, 2, 4, 8])),
             words=int(rng.choice([1, 7, 16, 33])),
         )
         for seed in range(6)
@@ -133,6 +134,19 @@ def test_tiles_of_the_reduction_waste_little_and_fit(words, window):
     assert steps <= -(-words * len(window.taps()) // 16) * 1.2
     far = Geometry(1, 90, 9000, 2, 2)
     assert mma_words(words, Places(Window((5, 5), padding=(2, 2)), far, far), is_sparse=True) is None
+
+
+@pytest.mark.parametrize("is_sparse", [True, False])
+def test_a_layer_takes_the_instruction_that_its_weight_allows(is_sparse):
+    case = Case(4, (1, 90, 1, 70), 70, ONE, is_sparse)
+    rows = case.weight.reshape(70, 90, 1).swapaxes(1, 2)
+    work, constants = on_tensor_cores(rows, case.work.source_rows, case.work.places, case.work.epilogue)
+    assert work.is_sparse == is_sparse and ("metadata" in constants) == is_sparse
+    case.arrays[1 : 1 + len(constants)], case.work = constants.values(), work
+    check([case])
+    far = Geometry(1, 90, 9000, 2, 2)
+    places = Places(Window((5, 5), padding=(2, 2)), far, far)
+    assert on_tensor_cores(np.ones((4, 25, 4), np.int8), 1, places, Epilogue()) is None
 
 
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", pytest.param("sm_100", marks=pytest.mark.slow)])
