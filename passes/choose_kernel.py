@@ -28,13 +28,19 @@ _MOST_DENSE = 4  # that are tried in any case: what sparse kernels are compared 
 class Choice:
     """The weight in its chosen form, the kernel's name for the report, and the reason in a sentence.
 
-    ``tiling`` is how the kernel walks a weight in blocks.
+    ``tiling`` is how the kernel walks a weight in blocks; ``stored`` its bytes where it is kept in yet another form.
     """
 
     weight: Blocks | Slices
     kernel: str
     reason: str
     tiling: Tiling | None = None
+    stored: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return self.weight.nbytes if self.stored is None else self.stored
 
 
 def preview(layer: Layer, weight: np.ndarray, isa: Isa, threads: int = 1) -> Choice:

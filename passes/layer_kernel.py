@@ -14,6 +14,7 @@ from pumice.schedules.blocks import QUAD, Blocks, count_blocks, dense_blocks, ha
 from pumice.schedules.convolution import Convolution, convolution, offsets, row_order
 from pumice.schedules.cuda.kernel import cuda_layer
 from pumice.schedules.cuda.layer import CudaLayer, cuda_constants
+from pumice.schedules.cuda.mma import MmaLayer
 from pumice.schedules.cuda.tiling import tilings as cuda_tilings
 from pumice.schedules.epilogue import Epilogue
 from pumice.schedules.gemv import Gemv, gemv, has_few_positions
@@ -102,7 +103,7 @@ class LayerKernel:
     After the residual comes the mask of the output's plane, if that is padded.
     """
 
-    work: Convolution | Gemv | CudaLayer
+    work: Convolution | Gemv | CudaLayer | MmaLayer
     make: Callable[[Any, Isa, str], tirx.PrimFunc]
     constants: dict[str, np.ndarray]
 
@@ -136,7 +137,7 @@ def layer_kernel(work: LayerWork, weight: Blocks | Slices, tiling: Tiling | None
             has_lowest_pairs=has_lowest_pairs(weight.data),
         )
         constants = {"blocks": weight.data} | (weight.lists.arrays if weight.lists else {})
-        return LayerKernel(few, gemv, constants | _per_channel(numbers, weight.per_row))
+        return LayerKernel(few, gemv, constants | per_channel(numbers, weight.per_row))
     assert tiling is not None
     many = Convolution.of(weight, work.source_rows, work.places, tiling, work.epilogue, work.threads)
     constants = {"blocks": weight.data, "offsets": offsets(weight, work.places)}
@@ -145,7 +146,7 @@ def layer_kernel(work: LayerWork, weight: Blocks | Slices, tiling: Tiling | None
     order = np.arange(weight.rows) if weight.order is None else weight.order
     missing = weight.rows - len(numbers.bias)
     return LayerKernel(
-        many, convolution, constants | _per_channel(numbers, lambda values: np.pad(values, (0, missing))[order])
+        many, convolution, constants | per_channel(numbers, lambda values: np.pad(values, (0, missing))[order])
     )
 
 
@@ -159,7 +160,7 @@ def gpu_kernel(work: LayerWork, weight: Blocks) -> LayerKernel:
     layer = next((layer for layer in found if layer.fits), found[-1])
     tiled = weight.tiled(layer.tiling.words)
     missing = weight.rows - len(work.numbers.bias)
-    constants = cuda_constants(tiled, layer) | _per_channel(work.numbers, lambda values: np.pad(values, (0, missing)))
+    constants = cuda_constants(tiled, layer) | per_channel(work.numbers, lambda values: np.pad(values, (0, missing)))
     return LayerKernel(layer, _on_gpu, constants)
 
 
@@ -167,6 +168,7 @@ def _on_gpu(work: CudaLayer, isa: Isa, name: str) -> tirx.PrimFunc:
     return cuda_layer(work, name)
 
 
-def _per_channel(numbers: Numbers, arrange: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+def per_channel(numbers: Numbers, arrange: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+    """Bias and multiplier, each as ``arrange`` makes it."""
     found = {"bias_packed": arrange(numbers.bias)}
     return found if numbers.multiplier is None else found | {"multiplier": arrange(numbers.multiplier)}

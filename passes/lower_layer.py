@@ -7,11 +7,12 @@ from tvm import relax
 
 from pumice.passes.choose_kernel import Choice
 from pumice.passes.fusion import Fused, Quant
-from pumice.passes.layer_kernel import LayerWork, Numbers, gpu_kernel, layer_kernel
+from pumice.passes.layer_kernel import LayerKernel, LayerWork, Numbers, gpu_kernel, layer_kernel
 from pumice.passes.layers import Layer
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.placement import is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
+from pumice.passes.tensor_cores import tensor_core_kernel
 from pumice.record import LayerRecord
 from pumice.schedules.blocks import Blocks, expand_groups
 from pumice.schedules.epilogue import Epilogue, Residual
@@ -43,8 +44,8 @@ def lower_layer(builder: Builder, chain: Fused) -> bool:
     epilogue = _epilogue(chain, residual, numbers.multiplier)
     places = Places(window, source.geometry, target)
     work = LayerWork(layer.name, numbers, places, source.rows, epilogue, builder.threads)
-    choice = builder.chooser.choose(work, builder.isa)
-    expr = _emit(builder, work, choice, source, residual)
+    kernel, choice = _kernel(builder, work, builder.chooser.choose(work, builder.isa))
+    expr = _emit(builder, work, kernel, source, residual)
     channels = plane_of(layer.var)[1]
     builder.define(chain.result, Packed(expr, channels, target.normalized(), chain.quant))
     _note(record, layer, choice, numbers)
@@ -60,12 +61,16 @@ def _placing(builder: Builder, layer: Layer, source: Packed) -> tuple[Window, Ge
     return window, builder.target_geometry(layer.data, layer.var, window)
 
 
-def _emit(builder: Builder, work: LayerWork, choice: Choice, source: Packed, residual: Packed | None) -> relax.Var:
+def _kernel(builder: Builder, work: LayerWork, choice: Choice) -> tuple[LayerKernel, Choice]:
+    """The layer's kernel, and the choice that led to it in the end."""
+    if not builder.target.runs_on_gpu or not isinstance(choice.weight, Blocks):
+        return layer_kernel(work, choice.weight, choice.tiling), choice
+    found = tensor_core_kernel(work, choice) if builder.target.has_tensor_cores else None
+    return found or (gpu_kernel(work, choice.weight), choice)
+
+
+def _emit(builder: Builder, work: LayerWork, kernel: LayerKernel, source: Packed, residual: Packed | None) -> relax.Var:
     """The call of the layer's kernel."""
-    if builder.target.runs_on_gpu and isinstance(choice.weight, Blocks):
-        kernel = gpu_kernel(work, choice.weight)
-    else:
-        kernel = layer_kernel(work, choice.weight, choice.tiling)
     arguments = [source.expr]
     arguments += [builder.constant(f"{work.name}.{name}", array) for name, array in kernel.constants.items()]
     arguments += [residual.expr] if residual is not None else []
@@ -169,6 +174,6 @@ def _note(record: LayerRecord, layer: Layer, choice: Choice, numbers: Numbers) -
     groups = int(layer.call.attrs.groups) if layer.operator == "conv2d" else 1
     how = f"its {groups} groups run as block sparsity: {choice.reason}" if groups > 1 else choice.reason
     record.kernel = choice.kernel
-    record.compiled_bytes = choice.weight.nbytes + numbers.bias.nbytes
+    record.compiled_bytes = choice.nbytes + numbers.bias.nbytes
     record.compiled_bytes += 0 if numbers.multiplier is None else numbers.multiplier.nbytes
     record.reason = f"{record.reason}; {how}" if record.reason else how

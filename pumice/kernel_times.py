@@ -43,9 +43,7 @@ def measure(
         for candidate in candidates
     ]
     copies = [_copies(kernel, work) for kernel in kernels]
-    weights = [
-        _shuffled(work, *each, target.instructions) for each in zip(candidates, kernels, copies, strict=True)
-    ]
+    weights = [_shuffled(work, *each, target.instructions) for each in zip(candidates, kernels, copies, strict=True)]
     last = np.cumsum(copies)
     spans = list(zip((last - copies).tolist(), last.tolist(), strict=True))
     with link_model(_plan(work, kernels, weights, target), target, threads) as model:

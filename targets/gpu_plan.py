@@ -1,7 +1,8 @@
 """A plan whose kernels run on a GPU: each of them bound to blocks and threads, by whoever can.
 
 A kernel that is bound already stays as it is. One that TVM made gets TVM's own schedule for GPUs, and what its parts
-hand on between them becomes an argument, which lies in the scratch buffer. Any other was written for a CPU and is spread.
+hand on between them becomes an argument, which lies in the scratch buffer. Any other was written for a CPU and is
+spread.
 
     mean(x, y): sum = alloc; ..; y = sum / n        ->   mean(x, sum, y), step: mean(input 0, scratch + 0, output 0)
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import tvm_ffi
 from tvm import DataType, s_tir, tirx
@@ -20,6 +22,8 @@ from tvm.tirx import stmt as nodes
 from pumice.targets.plan import SCRATCH, Plan, View, align
 from pumice.targets.spread import spread
 from pumice.targets.target import Target
+
+Argument = TypeVar("Argument")
 
 
 def gpu_plan(plan: Plan, target: Target) -> tuple[Plan, int]:
@@ -57,7 +61,7 @@ def _on_threads(kernel: tirx.PrimFunc, results: int, target: Target) -> tuple[ti
         root.iter_vars, root.reads, root.writes, root.name_hint, root.body, annotations=root.annotations
     )
     body = s_tir.SBlockRealize(scheduled.body.iter_values, scheduled.body.predicate, block)
-    params = _inserted(tuple(scheduled.params), results, between)
+    params = _inserted(list(scheduled.params), results, between)
     return tirx.PrimFunc(params, body, scheduled.ret_type, scheduled.attrs), between
 
 
@@ -78,7 +82,7 @@ def _kinds(kernel: tirx.PrimFunc) -> set[str]:
     return found
 
 
-def _inserted(arguments: tuple[object, ...], results: int, more: Sequence[object]) -> tuple[object, ...]:
+def _inserted(arguments: Sequence[Argument], results: int, more: Sequence[Argument]) -> tuple[Argument, ...]:
     """Results come last."""
     end = len(arguments) - results
     return (*arguments[:end], *more, *arguments[end:])

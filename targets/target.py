@@ -99,6 +99,11 @@ class Target:
         return self.kind == "cuda"
 
     @property
+    def has_tensor_cores(self) -> bool:
+        """Whether every GPU that there is code for has tensor cores that the kernels use: from sm_80 on."""
+        return self.runs_on_gpu and all(int(gpu.removeprefix("sm_")) >= 80 for gpu in self.gpus)
+
+    @property
     def runs_here(self) -> bool:
         """Whether this machine's CPU has what the code needs."""
         return self.kind == "cpu" and self.architecture == host_architecture() and self.features <= host_features()

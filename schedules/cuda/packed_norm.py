@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm on a GPU: the numbers of ``schedules/packed_norm.py``, a thread block for a tile of positions.
+"""Layer norm and RMS norm on a GPU: the numbers of ``schedules/packed_norm.py``, some positions a block of threads.
 
 The four parts of a sum are four threads' for each position; then all of the block's threads write.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda import FakeDriver, emulated_library, needs_gxx
+from gpu import FakeDriver, emulated_library, needs_gxx
 from tiny import tiny_onnx
 from tvm.ir import IRModule
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda import BESIDE_THIS, FakeDriver, emulated_library, manifest_of, needs_gxx
+from gpu import BESIDE_THIS, FakeDriver, emulated_library, manifest_of, needs_gxx
 from lowering import QuantizedNet
 
 from pumice.errors import MissingDependencyError, PumiceError

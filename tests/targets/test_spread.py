@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tvm
-from cuda import needs_gxx
+from gpu import needs_gxx
 from kernels import garbage
 from tvm import tirx
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tvm
-from cuda import needs_gxx
+from gpu import needs_gxx
 from kernels import garbage
 
 from pumice.schedules.attention import Attention, Bias, Heads, Requantize, attention
