@@ -42,7 +42,7 @@ def tensor_core_kernel(work: LayerWork, choice: Choice) -> tuple[LayerKernel, Ch
         layer, _make, constants | per_channel(work.numbers, lambda values: np.pad(values, (0, missing)))
     )
     form = "2:4" if layer.is_sparse else "dense"
-    reason = f"{left:.0%} of its 1x4 blocks are left, and tensor cores multiply {times} times as many weights at once"
+    reason = f"{left:.0%} of its words are left, and tensor cores multiply {times} times as many weights at once"
     stored = sum(array.nbytes for array in constants.values())
     return kernel, replace(choice, kernel=f"{form} int8 tensor cores", reason=reason, stored=stored)
 

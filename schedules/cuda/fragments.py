@@ -2,11 +2,19 @@
 
 An instruction multiplies 16 rows of 32 inputs (``mma``), or of 64 inputs of which 32 are kept (``mma.sp``), by the
 inputs of 8 positions. Which thread of a warp holds what is the layout of m16n8k32 and of sparse m16n8k64 in the PTX
-ISA; the order of metadata is that of CUTLASS (``reorder_meta``). With ``g = lane / 4``, ``t = lane % 4``:
+ISA. With ``g = lane / 4``, ``t = lane % 4``:
 
     weights   register i: row g + 8 (i % 2), kept inputs 16 (i / 2) + 4 t and the three after
     metadata  row g + 8 (t % 2), inputs 32 (t / 2) to 32 (t / 2) + 31: for each four of them 2 + 2 bits, lowest first
     inputs    register i: inputs 16 i + 4 t and the three after, position g: a word of the packed form
+
+The metadata of all lanes are used (sparsity selector 0). The PTX ISA only draws their layout ("Sparse MMA .m16n8k64
+metadata layout for columns 0-31", and "32-63", for all 8-bit types). In words and code it is found in
+
+- github.com/NVIDIA/cutlass, include/cute/atom/mma_traits_sm120_sparse.hpp: ``ELayout`` of ``SM120_SPARSE_16x8x64_TN``;
+  the order of the bits in tools/util/include/cutlass/util/host_uncompress.h
+- github.com/noheat61/triton, DOT_SPARSE_INTERNALS.md, section 4: measured with int8 on sm_89, and read off the figures
+- github.com/NVlabs/cuda-oxide, example sparse_mma_fp8: weights, inputs and the order of the bits, measured with fp8
 
 Four inputs are a word of the packed form, so that a convolution's columns (word after word, the taps of a word side by
 side) are inputs like any. Rows are free in their order: two instructions give a thread the four rows of a quad.

@@ -113,6 +113,33 @@ def test_int8_equals_the_definition(is_sparse):
     check([*random, *maps])
 
 
+def places_in(shape, stride):
+    """A layout as CUTLASS writes it: where each index goes, the first axis fastest."""
+    places = np.zeros(1, int)
+    for size, step in zip(shape, stride, strict=True):
+        places = (np.arange(size)[:, None] * step + places).ravel()
+    return places
+
+
+def test_fragments_have_the_layouts_of_cutlass():
+    """``ALayout`` and ``ELayout`` of ``SM120_SPARSE_16x8x64_TN``: from lane and value to row + 16 * input."""
+    rows = two_left(np.random.default_rng(5), 32, 64, (1, 1))[:, :, 0].swapaxes(1, 2)
+    weight = fragments(rows, True, 16)
+    fours = slice(None, None, 4)
+    values = places_in((4, 8), (128, 1))[:, None] + places_in((8, 2, 2), (16, 8, 512))[fours]
+    nibbles = places_in((2, 2, 8), (8, 512, 1))[:, None] + places_in((32,), (16,))[fours]
+    for instruction in range(2):
+        data = weight.data[0, 0, 0, instruction].reshape(32, 8, 2)
+        metadata = weight.metadata[0, 0, 0, instruction].view(np.uint32)
+        which, tile = np.zeros(16 * 64, int), np.zeros(16 * 64, np.int8)
+        which[nibbles] = metadata[:, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+        first, second = which[values] & 3, which[values] >> 2
+        assert (first < second).all()  # ``mma.sp::ordered_metadata``
+        tile[values + 16 * first], tile[values + 16 * second] = data[..., 0], data[..., 1]
+        of_row = np.arange(16) % 8 * 4 + instruction * 2 + np.arange(16) // 8
+        np.testing.assert_array_equal(tile.reshape(64, 16).T, rows[of_row, 0])
+
+
 def test_a_weight_that_does_not_fit_says_why():
     rows = two_left(np.random.default_rng(2), 6, 20, (1, 1))[:, :, 0].swapaxes(1, 2)
     rows[4, 0, 8:11] = 1
