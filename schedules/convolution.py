@@ -38,10 +38,10 @@ from pumice.targets.isa import Isa
 class Convolution:
     """One layer's workload. The input plane and the output have the same pitch.
 
-    Arguments of the kernel, in order: x ``[source_rows, P, depth]``; weight ``[blocks, shared, depth]``; offsets
-    int32 ``[columns]``; starts int32 (sparse only); order int32 ``[N + 8]`` (if ordered); bias ``[N]`` int32 or
-    float32, multiplier float32 ``[N]`` (int8 only), both in this order; residual, like the output (if any); mask int32 ``[P]`` (packed output with padding); output
-    ``[N/4, P, 4]`` uint8 or ``[N, P, 1]`` float32.
+    Arguments of the kernel: x ``[source_rows, P, depth]``; weight ``[blocks, shared, depth]``; offsets int32
+    ``[columns]``; starts int32 (sparse only); order int32, see ``row_order`` (if ordered); bias ``[N]`` int32 or
+    float32 and multiplier float32 ``[N]`` (int8 only), both in this order; residual, like the output (if any); mask
+    int32 ``[P]`` (packed output with padding); output ``[N/4, P, 4]`` uint8 or ``[N, P, 1]`` float32.
     """
 
     dtype: str  # of the multiplication: int8 or float32

@@ -144,12 +144,15 @@ def place_bytes(word: Expr, places: list[Expr], isa: Isa) -> Expr:
     lanes = isa.lanes
     if isa.shuffle is None:
         moved = [
-            tirx.shift_left(emit.byte_of(word, k, lanes), emit.splat(place * 8, lanes)) for k, place in enumerate(places)
+            tirx.shift_left(emit.byte_of(word, k, lanes), emit.splat(place * 8, lanes))
+            for k, place in enumerate(places)
         ]
         return moved[0] | moved[1] | moved[2] | moved[3]
     # The control says for each byte which one of its 16 comes there: that of its own word, so 4 * (lane % 4) more.
     control = tirx.const(0, "int32")
     for k, place in enumerate(places):
         control = control + tirx.shift_left(tirx.const(k, "int32"), place * 8)
-    lowest = tirx.Shuffle([tirx.const(emit.splat_word(4 * (lane % 4)), "int32") for lane in range(lanes)], [*range(lanes)])
+    lowest = tirx.Shuffle(
+        [tirx.const(emit.splat_word(4 * (lane % 4)), "int32") for lane in range(lanes)], [*range(lanes)]
+    )
     return isa.shuffle(lanes, word, emit.splat(control, lanes) + lowest)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -77,13 +77,19 @@ def manifest_of(plan: Plan, target: Target) -> dict[str, Any]:
 
 
 class FakeDriver:
-    """The driver that libraries of this process find under ``name``; its variables are attributes."""
+    """The driver that libraries of this process find under ``name``; its variables are attributes.
+
+    Whoever asks for a name gets what was first loaded under it, so there is one for each name.
+    """
+
+    _loaded: ClassVar[dict[str, ctypes.CDLL]] = {}
 
     def __init__(self, folder: Path, *options: str, name: str = "libcuda.so.1") -> None:
-        path = folder / name
-        command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", *options]
-        subprocess.run([*command, f"-Wl,-soname,{name}", str(_DRIVER), "-o", str(path)], check=True)
-        self._library = ctypes.CDLL(str(path))  # a library that asks for this name gets what is loaded under it
+        if name not in self._loaded:
+            command = ["cc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", *options]
+            subprocess.run([*command, f"-Wl,-soname,{name}", str(_DRIVER), "-o", str(folder / name)], check=True)
+            self._loaded[name] = ctypes.CDLL(str(folder / name))
+        self._library = self._loaded[name]
 
     def __getattr__(self, name: str) -> int:
         return ctypes.c_int.in_dll(self._library, f"fake_{name}").value

@@ -163,12 +163,13 @@ def test_without_graphs_the_steps_are_launched_one_by_one(net, emulated, tmp_pat
     """With another driver, so under another name."""
     net, last = net
     old = FakeDriver(tmp_path, "-DWITHOUT_GRAPHS", name="libcudb.so.1")
+    before = old.kernel_launches
     path = tmp_path / "other.so"
     path.write_bytes(emulated.path.read_bytes().replace(b"libcuda.so.1", b"libcudb.so.1"))
     with load(path) as model:
         np.testing.assert_array_equal(model(x0=net.feed)["y0"], last.real)
     launches = [emulated.code.launches[step.kernel] for step in emulated.plan.steps]
-    assert old.kernel_launches == sum(map(len, launches))
+    assert old.kernel_launches - before == sum(map(len, launches))
 
 
 def test_the_same_plan_gives_the_same_source(net, tmp_path):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cuda import BESIDE_THIS, FakeDriver, emulated_library, needs_gxx
+from gpu import BESIDE_THIS, FakeDriver, emulated_library, needs_gxx
 from lowering import Net
 from tvm import relax
 
