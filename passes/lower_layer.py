@@ -7,12 +7,12 @@ from tvm import relax
 
 from pumice.passes.choose_kernel import Choice
 from pumice.passes.fusion import Fused, Quant
-from pumice.passes.layer_kernel import LayerKernel, LayerWork, Numbers, gpu_kernel, layer_kernel
+from pumice.passes.layer_kernel import LayerKernel, LayerWork, Numbers, layer_kernel
 from pumice.passes.layers import Layer
 from pumice.passes.packed import Builder, Packed
 from pumice.passes.placement import is_map, plane_of, window_of
 from pumice.passes.rewriting import shape_of
-from pumice.passes.tensor_cores import tensor_core_kernel
+from pumice.passes.tensor_cores import kernel_on_gpu
 from pumice.record import LayerRecord
 from pumice.schedules.blocks import Blocks, expand_groups
 from pumice.schedules.epilogue import Epilogue, Residual
@@ -63,10 +63,9 @@ def _placing(builder: Builder, layer: Layer, source: Packed) -> tuple[Window, Ge
 
 def _kernel(builder: Builder, work: LayerWork, choice: Choice) -> tuple[LayerKernel, Choice]:
     """The layer's kernel, and the choice that led to it in the end."""
-    if not builder.target.runs_on_gpu or not isinstance(choice.weight, Blocks):
-        return layer_kernel(work, choice.weight, choice.tiling), choice
-    found = tensor_core_kernel(work, choice) if builder.target.has_tensor_cores else None
-    return found or (gpu_kernel(work, choice.weight), choice)
+    if builder.target.runs_on_gpu and isinstance(choice.weight, Blocks):
+        return kernel_on_gpu(work, choice, choice.weight, builder.target)
+    return layer_kernel(work, choice.weight, choice.tiling), choice
 
 
 def _emit(builder: Builder, work: LayerWork, kernel: LayerKernel, source: Packed, residual: Packed | None) -> relax.Var:

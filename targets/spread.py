@@ -56,9 +56,9 @@ class _Nest:
             values[loop.loop_var] = loop.min + tirx.floormod(tirx.floordiv(thread, below), extent)
             below *= extent
         guards = [*([thread < steps] if steps % threads else []), *self.guards]
-        body = (
-            tirx.IfThenElse(tirx.all(*guards), _in_registers(self.body), None) if guards else _in_registers(self.body)
-        )
+        body = _in_registers(self.body)
+        if guards:
+            body = tirx.IfThenElse(tirx.all(*guards), body, None)
         body = tvm_ffi.structural_map(body, (tirx.Var, lambda var: values.get(var, var)))
         return _bound(block, -(-steps // threads), "blockIdx.x", _bound(lane, threads, "threadIdx.x", body))
 

@@ -33,18 +33,14 @@ _PAIRS = np.array([[i, j] for i in range(4) for j in range(i + 1, 4)])  # two of
 
 @dataclass(frozen=True)
 class Fragments:
-    """Weights by lane, in tiles of ``tile_words`` input words, each padded with zeros to whole instructions.
+    """Weights by lane, in tiles of the reduction, each padded with zeros to whole instructions.
 
     data: int8 ``[groups, tiles, steps, 2, 32, 16]``: the four registers of each lane for each instruction
     metadata: int32 ``[groups, tiles, steps, 2, 32]``; None if dense
-    words: input words that have weights; rows: output rows, a multiple of 4
     """
 
     data: np.ndarray
     metadata: np.ndarray | None
-    words: int
-    rows: int
-    tile_words: int
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +66,12 @@ def why_not_two_of_four(rows: np.ndarray) -> str | None:
 
 
 def fragments(rows: np.ndarray, is_sparse: bool, tile_words: int) -> Fragments:
-    """An int8 weight ``[N, taps, C]``; if ``is_sparse``, one of which ``why_not_two_of_four`` says nothing."""
+    """An int8 weight ``[N, taps, C]`` in tiles of ``tile_words`` input words.
+
+    If ``is_sparse``, it must be one of which ``why_not_two_of_four`` says nothing.
+    """
     n, taps, c = rows.shape
-    words = -(-c // 4)
-    tiles, each = -(-words // tile_words), columns_of_step(is_sparse)
+    tiles, each = -(-c // (4 * tile_words)), columns_of_step(is_sparse)
     steps = -(-tile_words * taps // each)
     padded = np.pad(rows, ((0, -n % GROUP), (0, 0), (0, tiles * tile_words * 4 - c)))
     groups = len(padded) // GROUP
@@ -90,7 +88,7 @@ def fragments(rows: np.ndarray, is_sparse: bool, tile_words: int) -> Fragments:
         metadata = np.ascontiguousarray(metadata).view(np.int32)
     by_half = columns.reshape(groups, 8, 2, 2, tiles, steps, 2, 4, 4)
     data = by_half.transpose(0, 4, 5, 2, 1, 7, 6, 3, 8).reshape(groups, tiles, steps, 2, _LANES, 16)
-    return Fragments(np.ascontiguousarray(data), metadata, words, -(-n // 4) * 4, tile_words)
+    return Fragments(np.ascontiguousarray(data), metadata)
 
 
 def _kept(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from pumice.schedules import emit
 from pumice.schedules.blocks import QUAD
-from pumice.schedules.cuda.fragments import GROUP, Fragments, columns_of_step, fragments, why_not_two_of_four
+from pumice.schedules.cuda.fragments import GROUP, columns_of_step, fragments, why_not_two_of_four
 from pumice.schedules.cuda.output import Output, barrier, local
 from pumice.schedules.cuda.staging import InputTile
 from pumice.schedules.cuda.tiling import FULL, WARP, Slab
@@ -69,6 +69,11 @@ class MmaLayer:
         return -(-self.tile_words * len(self.places.window.taps()) // columns_of_step(self.is_sparse))
 
     @property
+    def products(self) -> int:
+        """Words of weights that are multiplied for each position, padding included."""
+        return self.groups * GROUP * self.tiles * self.steps * columns_of_step(self.is_sparse)
+
+    @property
     def positions(self) -> int:
         """Positions of a thread block."""
         return _COLUMNS * self.columns
@@ -85,21 +90,18 @@ class MmaLayer:
         return self.tile_words * self.slab.phases * self.slab.pitch
 
 
-def on_tensor_cores(
-    rows: np.ndarray, source_rows: int, places: Places, epilogue: Epilogue
-) -> tuple[MmaLayer, dict[str, np.ndarray]] | None:
-    """A layer with int8 weight ``rows`` ``[N, taps, C]``, and the kernel's arguments between the input and the bias.
+def on_tensor_cores(rows: np.ndarray, source_rows: int, places: Places, epilogue: Epilogue) -> MmaLayer | None:
+    """A layer with int8 weight ``rows`` ``[N, taps, C]``: by ``mma.sp`` where two of four weights are left, else dense.
 
-    By ``mma.sp`` where two of four weights are left, else dense. None where taps lie too far apart.
+    None where taps lie too far apart.
     """
-    is_sparse = why_not_two_of_four(rows) is None
-    warps, columns = _sizes(len(rows), places.target.span)
-    tile_words = mma_words(-(-rows.shape[2] // 4), places, is_sparse, columns)
+    n, words, is_sparse = len(rows), -(-rows.shape[2] // 4), why_not_two_of_four(rows) is None
+    warps, columns = _sizes(n, places.target.span)
+    tile_words = mma_words(words, places, is_sparse, columns)
     if tile_words is None:
         return None
-    weight = fragments(rows, is_sparse, tile_words)
-    work = MmaLayer(source_rows, weight.rows, weight.words, places, epilogue, is_sparse, tile_words, warps, columns)
-    return work, mma_constants(weight, work)
+    padded = -(-n // QUAD) * QUAD
+    return MmaLayer(source_rows, padded, words, places, epilogue, is_sparse, tile_words, warps, columns)
 
 
 def _sizes(rows: int, span: int) -> tuple[int, int]:
@@ -129,8 +131,9 @@ def mma_layer(work: MmaLayer, name: str = "layer") -> tirx.PrimFunc:
     return emit.kernel(name, _Emitter(work).emit)
 
 
-def mma_constants(weight: Fragments, work: MmaLayer) -> dict[str, np.ndarray]:
-    """The kernel's arguments between the input and the bias, by name."""
+def mma_constants(rows: np.ndarray, work: MmaLayer) -> dict[str, np.ndarray]:
+    """The kernel's arguments between the input and the bias, by name, for the weight ``rows`` ``[N, taps, C]``."""
+    weight = fragments(rows, work.is_sparse, work.tile_words)
     slab = work.slab
     words = np.arange(work.tile_words)[:, None] * slab.phases * slab.pitch
     offsets = (words + np.asarray(slab.offsets(work.places))).ravel()

@@ -1,8 +1,8 @@
 /* A GPU that runs the steps, through CUDA's driver, which is opened when an instance is: without one the library still
  * loads and describes itself.
  *
- * An instance has one piece of the device's memory: the weights, the workspace, scratch, the inputs and the outputs. The
- * caller's buffers go through memory that the device reads and writes by itself, so that a run is one copy in, the
+ * An instance has one piece of the device's memory: the weights, the workspace, scratch, the inputs and the outputs.
+ * The caller's buffers go through memory that the device reads and writes by itself, so that a run is one copy in, the
  * kernels and one copy out on one stream; they are captured once, into a graph, where the driver has graphs.
  */
 #include <dlfcn.h>
@@ -97,7 +97,7 @@ pumice_status device_run(device *device, const void *const *inputs, void *const 
     for (uint32_t i = 0; i < pumice_model.input_count; i++)
         memcpy(device->staging + (places[i] - *places), inputs[i], pumice_model.inputs[i].bytes);
     if (device->graph && first == 0 && last == pumice_model.step_count)
-        status = check(device, driver->cuGraphLaunch(device->graph, device->stream), "the graph cannot be launched", to);
+        status = check(device, driver->cuGraphLaunch(device->graph, device->stream), "a run cannot be launched", to);
     else
         status = enqueue(device, first, last, to);
     if (status == PUMICE_OK)
@@ -175,13 +175,20 @@ static pumice_status load_driver(device *device, report to) {
     return PUMICE_OK;
 }
 
+/* The GPUs of NVIDIA's own chips with a CPU run no other's code, nor others theirs. */
+static bool is_tegra(uint32_t gpu) {
+    return gpu == 53 || gpu == 62 || gpu == 72 || gpu == 87 || gpu == 101 || gpu == 110;
+}
+
 /* Code for a GPU runs on those of the same major version with the same or a higher minor one; NULL for none. */
 static const cuda_code *code_for(uint32_t gpu) {
     const cuda_code *best = NULL;
     for (uint32_t i = 0; i < pumice_cuda.code_count; i++) {
         const cuda_code *code = &pumice_cuda.code[i];
-        const bool runs = code->architecture / 10 == gpu / 10 && code->architecture <= gpu;
-        if (runs && (!best || code->architecture > best->architecture)) best = code;
+        const uint32_t made_for = code->architecture;
+        const bool runs = made_for == gpu || (made_for / 10 == gpu / 10 && made_for < gpu && !is_tegra(made_for) &&
+                                              !is_tegra(gpu));
+        if (runs && (!best || made_for > best->architecture)) best = code;
     }
     return best;
 }
@@ -209,7 +216,8 @@ static pumice_status find_gpu(device *device, report to) {
         }
     }
     if (device->cubin) return PUMICE_OK;
-    return fail(to, PUMICE_NO_DEVICE, "this model was compiled for %s, and the GPU here, %s, is sm_%u: compile it for that",
+    return fail(to, PUMICE_NO_DEVICE,
+                "this model was compiled for %s, and the GPU here, %s, is sm_%u: compile it for that",
                 pumice_model.target, name, gpu);
 }
 
@@ -263,10 +271,9 @@ static pumice_status capture(device *device, report to) {
 static pumice_status enqueue(device *device, uint32_t first, uint32_t last, report to) {
     const cuda_driver *driver = &device->driver;
     const uint64_t inputs = device->offsets[FIRST_INPUT], end = device->offsets[buffer_count()];
-    const uint64_t outputs = device->offsets[FIRST_INPUT + pumice_model.input_count];
+    const uint64_t outputs = device->offsets[FIRST_INPUT + pumice_model.input_count], given = outputs - inputs;
     int error = 0;
-    if (outputs > inputs)
-        error = driver->cuMemcpyHtoDAsync_v2(device->memory + inputs, device->staging, outputs - inputs, device->stream);
+    if (given) error = driver->cuMemcpyHtoDAsync_v2(device->memory + inputs, device->staging, given, device->stream);
     if (error) return check(device, error, "the inputs cannot be copied", to);
     for (uint32_t i = 0; i < pumice_cuda.launch_count; i++) {
         const cuda_launch *launch = &pumice_cuda.launches[i];
@@ -283,7 +290,7 @@ static pumice_status enqueue(device *device, uint32_t first, uint32_t last, repo
         if (error) return check(device, error, pumice_model.steps[launch->step].name, to);
     }
     if (end > outputs)
-        error = driver->cuMemcpyDtoHAsync_v2(device->staging + (outputs - inputs), device->memory + outputs,
+        error = driver->cuMemcpyDtoHAsync_v2(device->staging + given, device->memory + outputs,
                                              end - outputs, device->stream);
     return check(device, error, "the outputs cannot be copied", to);
 }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu import FakeDriver, emulated_library, needs_gxx
+from gpu import BESIDE_THIS, FakeDriver, emulated_library, manifest_of, needs_gxx
 from tiny import tiny_onnx
 from tvm.ir import IRModule
 
@@ -18,14 +21,29 @@ from pumice.driver import CompileOptions, Stages, prepare
 from pumice.errors import MissingDependencyError
 from pumice.frontend import read_model
 from pumice.loader import load
+from pumice.module import layers_of
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.targets.executor import build_executor
+from pumice.targets.library import build_code, write_library
 from pumice.targets.target import Target
+from pumice.verify import make_check
 
 pytestmark = needs_gxx
 
 IMAGES = 200
+LOADER = Path(str(files("pumice"))) / "loader.py"
+
+
+def gpu_here() -> str:
+    """The architecture of this machine's GPU, as ``sm_87``; empty without one, or without nvcc."""
+    if not (shutil.which("nvidia-smi") and shutil.which("nvcc")):
+        return ""
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return f"sm_{said[0].replace('.', '')}" if said else ""
+
+
 QUICK = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
 
 
@@ -63,6 +81,38 @@ def test_the_demo_network_gives_the_same_logits(driver, data, tmp_path):
     np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(expected))
     assert np.mean(np.concatenate(logits).argmax(1) == data.test_labels[:IMAGES]) > 0.9
     assert model.manifest["check"]["exact"] == len(emulated.plan.steps)
+
+
+@pytest.mark.skipif(not gpu_here(), reason="needs an NVIDIA GPU, its driver and nvcc")
+def test_a_gpu_gives_the_same_logits(data, tmp_path):
+    """In processes of their own: here libraries find the faked driver."""
+    mod = read_model(data.models["blocks90"], {"image": SHAPE})
+    mod = prepare(mod, QUICK, {"image": data.calibration_images[:100]}, None, Stages(None))
+    target, path, options = Target.parse(f"{gpu_here()}@x86-64"), tmp_path / "model.so", LowerOptions()
+    plan = link_steps(lower(mod, target, options))
+    code = build_code(plan, target)
+    check = make_check(mod, target, options, plan, code, {"image": data.test_images[:1]})
+    write_library(plan, target, manifest_of(plan, target), path, check=check, code=code)
+    subprocess.run([sys.executable, LOADER, path, "verify"], check=True)
+    images = data.test_images[:5]
+    for image, expected in zip(images, on_this_cpu(mod, [{"image": image[None]} for image in images]), strict=True):
+        np.savez(tmp_path / "in.npz", x0=image[None])
+        subprocess.run([sys.executable, LOADER, path, "run", tmp_path / "in.npz", tmp_path / "out.npz"], check=True)
+        np.testing.assert_array_equal(np.load(tmp_path / "out.npz")["y0"], expected)
+
+
+def test_two_of_four_weights_give_the_same_logits(driver, tmp_path):
+    images = np.random.default_rng(1).random((8, 4, 8, 8), dtype=np.float32)
+    mod = read_model(tiny_onnx(1, channels=4), {"image": (1, 4, 8, 8)})
+    mod = prepare(mod, replace(QUICK, prune="magnitude:2:4"), {"image": images}, None, Stages(None))
+    layers = layers_of(lower(mod, BESIDE_THIS, LowerOptions()))
+    assert layers["stem"].kernel == layers["conv"].kernel == "2:4 int8 tensor cores"
+    emulated = emulated_library(mod, tmp_path / "model.so", {"image": images[:1]})
+    expected = on_this_cpu(mod, [{"image": image[None]} for image in images])
+    with load(emulated.path) as model:
+        model.verify()
+        logits = [model(image[None])["y0"] for image in images]
+    np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(expected))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Which layers tensor cores compute: those that GPUs from sm_80 on would otherwise multiply by more than lists have."""
+"""Which layers tensor cores compute, from sm_80 on: those that take less time there than as lists, padding included."""
 
 import numpy as np
 import pytest
@@ -23,6 +23,8 @@ def module():
     x = net.start()
     for name, density in (("dense", 1.0), ("halved", 1.0), ("few", 0.05), ("some", 0.5)):
         x = net.conv_layer(x, name, 64, padding=(1, 1, 1, 1), density=density)
+    x = net.conv_layer(x, "narrow", 4, kernel=1)
+    x = net.conv_layer(x, "none", 8, kernel=1, density=0.0)
     two_of_four(net, "halved")
     return net.module(x.var)
 
@@ -36,9 +38,13 @@ def test_lists_are_kept_where_they_have_less_to_do(module, target):
         "halved": "2:4 int8 tensor cores",
         "few": "sparse 1x4 int8 cuda",
         "some": "dense int8 tensor cores",
+        "narrow": "dense int8 cuda",
+        "none": "sparse 1x4 int8 cuda",
     }
     assert "tensor cores multiply 4 times" in layers["some"].reason
-    assert "tensor cores multiply 8 times" in layers["halved"].reason
+    assert "none with more than two weights, and tensor cores multiply 8 times" in layers["halved"].reason
+    assert "; tensor cores would take 2." in layers["narrow"].reason  # 4 of 32 rows
+    assert "; tensor cores would take" in layers["few"].reason
 
 
 @pytest.mark.parametrize("target", ["sm_75", "cuda"])
@@ -46,3 +52,4 @@ def test_code_for_older_gpus_does_without(module, target):
     layers = layers_of(lower(module, Target.parse(target), LowerOptions()))
     assert all("tensor" not in layer.kernel for layer in layers.values())
     assert np.all([layer.dtype == "int8" for layer in layers.values()])
+    assert all("from sm_80 on, and the target includes sm_75" in layer.reason for layer in layers.values())

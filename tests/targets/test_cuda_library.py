@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from elf import Elf
 from gpu import BESIDE_THIS, FakeDriver, emulated_library, manifest_of, needs_gxx
 from lowering import QuantizedNet
 
@@ -17,7 +18,7 @@ from pumice.passes.pipeline import LowerOptions, lower
 from pumice.targets.build_cuda import CudaCode
 from pumice.targets.cuda_source import cuda_source
 from pumice.targets.gpu_plan import gpu_plan
-from pumice.targets.library import write_library
+from pumice.targets.library import RUNTIME, write_library
 from pumice.targets.target import Target
 
 pytestmark = needs_gxx
@@ -116,18 +117,17 @@ def test_without_a_gpu_that_there_is_code_for_it_says_what_is_missing(emulated, 
     for values, says in (
         ({"gpus": 0}, "finds no GPU"),
         ({"minor": 6}, r"compiled for sm_87@x86-64, and the GPU here, Fake GPU 0, is sm_86"),
+        ({"minor": 9}, "is sm_89"),  # code for Orin runs on no other chip
         ({"major": 9}, "is sm_97"),
     ):
         with driver.set(**values), pytest.raises(MissingDependencyError, match=says):
             load(emulated.path)
-    with driver.set(minor=9):
-        load(emulated.path).close()
 
 
 def test_a_gpu_gets_the_code_that_is_closest_to_it(emulated, tmp_path, driver):
     """All cubins but that of sm_80 are broken."""
-    target = Target.parse("cuda@x86-64")
-    cubins = dict.fromkeys(target.gpus, b"broken") | {"sm_80": emulated.code.cubins["sm_87"]}
+    target, good = Target.parse("cuda@x86-64"), emulated.code.cubins["sm_87"]
+    cubins = dict.fromkeys(target.gpus, b"broken") | {"sm_80": good}
     path, code = tmp_path / "one.so", replace(emulated.code, cubins=cubins)
     write_library(emulated.plan, target, manifest_of(emulated.plan, target), path, code=code)
     for minor in (0, 5):
@@ -181,3 +181,20 @@ def test_the_same_plan_gives_the_same_source(net, tmp_path):
         CudaCode(plan, source.launches, {"sm_87": b"x"}).write(tmp_path)
         texts.add((source.text, Path(tmp_path, "cuda_model.c").read_text()))
     assert len(texts) == 1
+
+
+def test_the_runtime_compiles_without_a_warning(tmp_path):
+    strict = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O2"]
+    subprocess.run(["cc", *strict, "-c", str(RUNTIME / "cuda.c"), "-o", str(tmp_path / "cuda.o")], check=True)
+
+
+def test_it_is_linked_for_the_cpu_beside_the_gpu(emulated, tmp_path):
+    """Jetson Orin has an ARM CPU; what a library then needs is in libc, libm, libdl and libpthread."""
+    target = Target.parse("sm_87")
+    try:
+        write_library(emulated.plan, target, manifest_of(emulated.plan, target), tmp_path / "m.so", code=emulated.code)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    elf = Elf.read(tmp_path / "m.so")
+    assert elf.machine == "aarch64"
+    assert {name.split(".so")[0] for name in elf.needed} <= {"libc", "libm", "libdl", "libpthread", "ld-linux-aarch64"}

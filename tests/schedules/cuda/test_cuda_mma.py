@@ -70,16 +70,14 @@ class Case:
         assert not is_sparse or why_not_two_of_four(rows) is None
         source = phases_of(x, self.target, window, zx)
         words = words or mma_words(-(-x_shape[1] // 4), places, is_sparse)
-        packed = fragments(rows, is_sparse, words)
-        self.work = MmaLayer(
-            source.shape[0], packed.rows, packed.words, places, epilogue, is_sparse, packed.tile_words, **shape
-        )
-        self.arrays = [source, *mma_constants(packed, self.work).values()]
-        self.arrays += [padded(fold_zero_point(weight, bias, zx), packed.rows), padded(m, packed.rows)]
+        many = -(-n // 4) * 4
+        self.work = MmaLayer(source.shape[0], many, -(-x_shape[1] // 4), places, epilogue, is_sparse, words, **shape)
+        self.arrays = [source, *mma_constants(rows, self.work).values()]
+        self.arrays += [padded(fold_zero_point(weight, bias, zx), many), padded(m, many)]
         self.arrays += [] if other is None else [packed_of(other, self.target, 99)]
         self.arrays += [np.where(is_padding(self.target), 0, -1).astype(np.int32)] if self.target.is_padded else []
         positions = self.target.positions
-        out = (packed.rows // 4, positions, 4) if output == "uint8" else (packed.rows, positions, 1)
+        out = (many // 4, positions, 4) if output == "uint8" else (many, positions, 1)
         self.arrays.append(garbage(out, output))
 
 
@@ -167,7 +165,8 @@ def test_tiles_of_the_reduction_waste_little_and_fit(words, window):
 def test_a_layer_takes_the_instruction_that_its_weight_allows(is_sparse):
     case = Case(4, (1, 90, 1, 70), 70, ONE, is_sparse)
     rows = case.weight.reshape(70, 90, 1).swapaxes(1, 2)
-    work, constants = on_tensor_cores(rows, case.work.source_rows, case.work.places, case.work.epilogue)
+    work = on_tensor_cores(rows, case.work.source_rows, case.work.places, case.work.epilogue)
+    constants = mma_constants(rows, work)
     assert work.is_sparse == is_sparse and ("metadata" in constants) == is_sparse
     case.arrays[1 : 1 + len(constants)], case.work = constants.values(), work
     check([case])

@@ -1,6 +1,6 @@
-/* NVIDIA's driver, as far as a library calls it, on this CPU: device memory is memory, a stream runs at once, and what is
- * launched are emulated kernels. Anything done out of order gives an error. A "cubin" is text: FAKE, then a line for each
- * kernel with its name, its number of arguments and the address of its launcher, then an empty line. */
+/* NVIDIA's driver, as far as a library calls it, on this CPU: device memory is memory, a stream runs at once, and what
+ * is launched are emulated kernels. Anything done out of order gives an error. A "cubin" is text: FAKE, then a line for
+ * each kernel with its name, its number of arguments and the address of its launcher, then an empty line. */
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -14,7 +14,14 @@ typedef unsigned long long address;
 typedef int launcher(void **, const unsigned *, const unsigned *, int);
 typedef struct { char name[256]; unsigned count; launcher *launch; } kernel;
 typedef struct { unsigned count; kernel kernels[MOST]; } module;
-typedef struct { void *to; const void *from; size_t bytes; kernel *kernel; void *values[ARGUMENTS]; unsigned sizes[6]; } work;
+typedef struct {
+    void *to;
+    const void *from;
+    size_t bytes;
+    kernel *kernel; /* NULL for a copy */
+    void *values[ARGUMENTS];
+    unsigned sizes[6];
+} work;
 typedef struct { unsigned count; work works[MOST]; } list;
 typedef struct { list *captured; } stream;
 
