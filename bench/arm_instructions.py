@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -24,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.boxes import qemu
 from bench.layer_shapes import PATTERNS, LayerShape
 from bench.tables import markdown, number
 from pumice.driver import CompileOptions, Stages, prepare
-from pumice.errors import MissingDependencyError
 from pumice.frontend import read_model
 from pumice.module import layers_of
 from pumice.passes.choose_kernel import Chooser
@@ -123,12 +122,9 @@ def _program(plan: Plan, target: Target, folder: Path) -> Path:
 
 def _executed(program: Path, step: int, kernels: set[str]) -> Counter[int]:
     """How often each instruction of the functions that belong to ``kernels`` runs, by address."""
-    qemu = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if qemu is None:
-        raise MissingDependencyError("qemu is needed and not installed: `apt-get install qemu-user-static`")
-    known = subprocess.run([qemu, "-h"], capture_output=True, check=True).stdout
+    known = subprocess.run([qemu(), "-h"], capture_output=True, check=True).stdout
     single = "-one-insn-per-tb" if b"one-insn-per-tb" in known else "-singlestep"
-    command = [qemu, "-cpu", "max", single, "-d", "exec,nochain", program, program.with_name("weights")]
+    command = [qemu(), "-cpu", "max", single, "-d", "exec,nochain", program, program.with_name("weights")]
     counts: Counter[int] = Counter()
     with subprocess.Popen([*command, str(step), str(step + 1)], stderr=subprocess.PIPE) as running:
         assert running.stderr is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pumice.errors import MissingDependencyError
 from pumice.targets.detect import host_architecture
@@ -21,6 +24,7 @@ SYSROOT = Path(os.environ.get("QEMU_LD_PREFIX", "/usr/aarch64-linux-gnu"))
 NEWEST = "max,sve=off,pauth-impdef=on"
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "c" / "run.c"
+START = Path(__file__).with_name("start.c")
 
 _SYSTEM_LIBRARIES = {"libc", "libm", "libdl", "libpthread", "ld"}
 
@@ -72,3 +76,14 @@ def empty_root(folder: Path, *programs: Path) -> None:
             inside.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, inside)
         shutil.copy(program, folder)
+
+
+def run_start(command: Sequence[str | Path]) -> dict[str, Any]:
+    """What the program of ``start.c`` measured; ``command`` is that or ends in it."""
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        done = subprocess.run(command, stdin=proc, capture_output=True, text=True, check=True)
+    finally:
+        os.close(proc)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured

@@ -16,24 +16,23 @@ ARM qemu, for CUDA nvcc and g++.
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from tvm import DataType, tirx
 from tvm.ir import IRModule
 
-from bench.boxes import EXAMPLE, NEWEST, build_program, empty_root, emulator
+from bench.boxes import EXAMPLE, NEWEST, START, build_program, empty_root, emulator, run_start
 from bench.processes import fresh_processes, write_runs
 from bench.pruning import prune_blocks
 from bench.subjects import SUBJECTS
@@ -48,7 +47,7 @@ from pumice.targets.cuda_emulation import Emulation
 from pumice.targets.cuda_source import cuda_source
 from pumice.targets.executor import plain_manifest
 from pumice.targets.library import build_code, write_library
-from pumice.targets.plan import SCRATCH, WEIGHTS, WORKSPACE, Plan, View, aligned
+from pumice.targets.plan import SCRATCH, WEIGHTS, WORKSPACE, Plan, aligned
 from pumice.targets.target import Target
 from pumice.verify import make_check
 
@@ -60,7 +59,6 @@ PROCESSES = 11
 CPUS = {"armv8-a": "cortex-a53", "armv8.2-a+dotprod": "cortex-a76", "armv8.6-a+i8mm": NEWEST}
 
 _CALIBRATION_SAMPLES = 4
-_START = Path(__file__).with_name("start.c")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Start:
 
     milliseconds: float  # the median
     resident: int  # most of all processes
-    private: int
+    dirty: int  # of it, what the process wrote: what one more process costs
     is_in_empty_root: bool
 
 
@@ -107,7 +105,7 @@ def ship(network: str, targets: Sequence[str], emulate: bool = True) -> list[Shi
     return [_ship(mod, feed, subject.title, Target.parse(name), emulate) for name in targets]
 
 
-def _ship(mod: IRModule, feed: dict[str, np.ndarray], network: str, target: Target, emulate: bool) -> Shipped:
+def _ship(mod: IRModule, feed: Mapping[str, np.ndarray], network: str, target: Target, emulate: bool) -> Shipped:
     _say(f"{network} for {target.name}")
     options = LowerOptions(1)
     plan = link_steps(lower(mod, target, options))
@@ -148,7 +146,7 @@ def first_result(library: Path, inputs: Sequence[np.ndarray], processes: int = P
 
     In a root with nothing but libc for the superuser, who alone may change roots; as it is for anyone else.
     """
-    program = build_program(Target.parse("native"), _START, library, links=False)
+    program = build_program(Target.parse("native"), START, library, links=False)
     sample = library.with_name("sample")
     sample.write_bytes(b"".join(array.tobytes() for array in inputs))
     is_root = os.geteuid() == 0
@@ -158,20 +156,10 @@ def first_result(library: Path, inputs: Sequence[np.ndarray], processes: int = P
             empty_root(Path(root), program, library)
             shutil.copy(sample, root)
             command = ["chroot", root, f"/{program.name}", f"/{library.name}", "1", f"/{sample.name}"]
-        runs = [_run_start(command) for _ in range(1 + processes)]
+        runs = [run_start(command) for _ in range(1 + processes)]
     milliseconds = statistics.median(run["ms"] for run in runs[1:])
-    resident, private = (max(run[key] for run in runs) for key in ("resident", "private"))
-    return Start(milliseconds, resident, private, is_root), not any(run["status"] for run in runs)
-
-
-def _run_start(command: Sequence[str]) -> dict[str, Any]:
-    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        done = subprocess.run(command, stdin=proc, capture_output=True, text=True, check=True)
-    finally:
-        os.close(proc)
-    run: dict[str, Any] = json.loads(done.stdout)
-    return run
+    resident, dirty = (max(run[key] for run in runs) for key in ("resident", "dirty"))
+    return Start(milliseconds, resident, dirty, is_root), not any(run["status"] for run in runs)
 
 
 def runs_under_qemu(library: Path, target: Target, cpu: str) -> bool:
@@ -197,7 +185,8 @@ def runs_emulated(plan: Plan, scratch: int, check: Check) -> bool:
         sizes = [_size(buffer) for buffer in plan.kernels[step.kernel].params]
         arrays = [buffers[view.buffer][view.offset :][:size] for view, size in zip(step.arguments, sizes, strict=True)]
         emulation.run(step.kernel, *arrays)
-        written = [_of(buffers, view, size) for view, size in zip(step.results, step.outputs, strict=True)]
+        results = arrays[len(arrays) - len(step.outputs) :]
+        written = [array[:size].data for array, size in zip(results, step.outputs, strict=True)]
         if index < check.exact and checksum(*written) != check.checksums[index]:
             _say(f"step {index} ({step.layer or step.kernel}) gives other numbers when it is emulated")
             return False
@@ -217,15 +206,12 @@ def _zeros(size: int) -> np.ndarray:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
-
-
-def _of(buffers: Sequence[np.ndarray], view: View, size: int) -> memoryview:
-    return buffers[view.buffer][view.offset : view.offset + size].data
+    found: np.ndarray = array.reshape(-1).view(np.uint8)
+    return found
 
 
 def _size(buffer: tirx.Buffer) -> int:
-    return int(np.prod([int(size) for size in buffer.shape])) * (DataType(str(buffer.dtype)).itemsize)
+    return math.prod(int(size) for size in buffer.shape) * int(DataType(str(buffer.dtype)).itemsize)
 
 
 def foreign_symbols(library: Path) -> list[str]:
@@ -242,12 +228,12 @@ def _symbols(library: Path | str, kind: str) -> set[str]:
 
 def table(results: Sequence[Shipped]) -> str:
     """Markdown: a line for each network and target; millions of bytes."""
-    rows = [["network", "target", "file", "weights", "plan", "resident", "allowed", "private", "ms", "the same", "how"]]
+    rows = [["network", "target", "file", "weights", "plan", "resident", "allowed", "own", "ms", "the same", "how"]]
     for entry in results:
         memory = [number(size / 1e6, 2) for size in (entry.file, entry.weights, entry.plan)]
         start = [""] * 4
         if entry.start:
-            sizes = entry.start.resident, entry.bound, entry.start.private
+            sizes = entry.start.resident, entry.bound, entry.start.dirty
             start = [*(number(size / 1e6, 2) for size in sizes), number(entry.start.milliseconds, 1)]
         rows.append([entry.network, entry.target, *memory, *start, verdict(entry), entry.how])
     return markdown(rows)

@@ -2,7 +2,7 @@
  *
  *     ms        from before dlopen until the first result is there
  *     resident  the most bytes of memory that the process had, and of these
- *     private   bytes that no other process shares: what one more process would cost
+ *     dirty     bytes that it wrote, which no other process shares: what one more process costs
  *     status    of pumice_verify; the run before it has to succeed
  *
  * SAMPLE is a file of all inputs, one after the other; without it they are zeros. Standard input is the folder /proc, so
@@ -26,14 +26,14 @@ static double milliseconds(void) {
     return 1e3 * (double)now.tv_sec + 1e-6 * (double)now.tv_nsec;
 }
 
-/* The sum of the lines of /proc/self/NAME that begin with `key`, in bytes; 0 where it cannot be read. */
+/* What the file /proc/NAME says of `key`, in bytes; 0 where it cannot be read. */
 static long long memory(const char *name, const char *key) {
     long long kilobytes = 0;
     char line[256];
     const int entry = openat(STDIN_FILENO, name, O_RDONLY);
     FILE *file = entry < 0 ? NULL : fdopen(entry, "r");
     while (file && fgets(line, sizeof line, file))
-        if (!strncmp(line, key, strlen(key)) && strchr(line, ':')) kilobytes += atoll(strchr(line, ':') + 1);
+        if (!strncmp(line, key, strlen(key))) kilobytes = atoll(line + strlen(key));
     if (file) fclose(file);
     return 1024 * kilobytes;
 }
@@ -71,8 +71,8 @@ int main(int count, char **arguments) {
     if (status != PUMICE_OK) return status;
 
     /* Not getrusage: that counts what the process was before exec too. */
-    const long long resident = memory("self/status", "VmHWM:"), private = memory("self/smaps_rollup", "Private_");
-    printf("{\"ms\": %.3f, \"resident\": %lld, \"private\": %lld, \"status\": %d}\n", end - begin, resident, private,
+    const long long resident = memory("self/status", "VmHWM:"), dirty = memory("self/smaps_rollup", "Private_Dirty:");
+    printf("{\"ms\": %.3f, \"resident\": %lld, \"dirty\": %lld, \"status\": %d}\n", end - begin, resident, dirty,
            verify(instance, NULL));
     return 0;
 }

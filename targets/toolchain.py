@@ -31,8 +31,9 @@ _GLIBC = re.compile(r"glibc-(\d+)\.(\d+)")
 # Atomic operations in line: the calls that GCC and Clang make of them look at the CPU when the library is loaded.
 _OPTIONS: dict[str, tuple[str, ...]] = {"x86_64": (), "aarch64": ("-mno-outline-atomics",)}
 
-# The oldest CPU of each, which is zig's default and not every system's.
+# Zig does by itself, and not every system's compiler: code for the oldest CPU, and read-only data apart from the code.
 _BASELINE = {"x86_64": "-march=x86-64", "aarch64": "-march=armv8-a"}
+_SEPARATE = "-Wl,-z,separate-code"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def find_toolchain(target: Target, libc: str | None = None) -> Toolchain:
     for candidate in candidates:
         command = candidate.split()
         if command and shutil.which(command[0]):
-            return Toolchain((*command, _BASELINE[architecture], *_OPTIONS[architecture]))
+            return Toolchain((*command, _BASELINE[architecture], _SEPARATE, *_OPTIONS[architecture]))
     if importlib.util.find_spec("ziglang"):
         return Toolchain((*_zig(architecture, libc or DEFAULT_GLIBC), *_OPTIONS[architecture]))
     against = f" against {libc}" if libc else ""

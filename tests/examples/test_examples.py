@@ -1,7 +1,6 @@
 """The C and C++ examples, built with any compiler's strictest warnings, on the demo's network."""
 
 import os
-import re
 import shutil
 import subprocess
 import zipfile
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 import pumice
+from bench.boxes import START, empty_root, run_start
 from pumice.demo.run import to_input
 from pumice.loader import read_manifest
 from pumice.targets.library import RUNTIME
@@ -123,28 +123,15 @@ def test_a_program_may_link_the_model(library, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for chroot")
 def test_an_empty_root_with_libc_is_enough(in_c, library, answer, tmp_path):
     image, expected = answer
-    needed = {path for file in (in_c, library) for path in re.findall(r"(/\S+) \(0x", run("ldd", file).stdout)}
-    assert {Path(path).name.split(".")[0].split("-")[0] for path in needed} <= {
-        "libc",
-        "libm",
-        "libdl",
-        "libpthread",
-        "ld",
-    }
-    for path in needed:
-        inside = tmp_path / path.lstrip("/")
-        inside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, inside)
-    for path in (in_c, library, image):
-        shutil.copy(path, tmp_path)
+    empty_root(tmp_path, in_c, library)
+    shutil.copy(image, tmp_path)
     arguments = ["-t", 2, f"/{library.name}", f"/{image.name}"]
     np.testing.assert_array_equal(logits(run("chroot", tmp_path, f"/{in_c.name}", *arguments)), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_memory_is_that_of_the_weights_and_the_plan_and_a_little(library, tmp_path, threads):
-    program = build(tmp_path / "resident", "gcc", "-std=c11", Path(__file__).with_name("resident.c"), "-ldl")
-    done = run(program, library, threads)
+    found = run_start([build(tmp_path / "start", "gcc", "-std=c11", START, "-ldl"), library, str(threads)])
     manifest = read_manifest(library)
     planned = manifest["weights"] + manifest["workspace"] + threads * manifest["scratch"]
-    assert done.returncode == 0 and 0 < int(done.stdout) * 1024 <= planned + (10 << 20)
+    assert 0 < found["dirty"] < found["resident"] <= planned + (10 << 20)
