@@ -17,7 +17,9 @@ import torch
 import pumice
 from bench.tables import markdown, number
 from pumice.bench import Timing, measure
+from pumice.errors import UsageError
 from pumice.peers import PEERS, quantize_int8
+from pumice.targets.target import Target
 
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[Feed], np.ndarray]
@@ -112,11 +114,14 @@ def prepare(
     treat; all that it can, if None. ``keep_float``: the layers that Pumice leaves in float.
     """
     peer, _, int8 = name.partition("-")
+    on_gpu = Target.parse(options.target).runs_on_gpu
     if peer in PEERS:
         content = path.read_bytes()
-        quantized = quantize_int8(content, calibration, quantized_operators) if int8 else content
-        return peer_engine(peer, quantized, "int8" if int8 else "f32", options.threads)
+        quantized = quantize_int8(content, calibration, quantized_operators, on_gpu) if int8 else content
+        return peer_engine(peer, quantized, "int8" if int8 else "f32", options.threads, on_gpu)
     if name == "torch":
+        if on_gpu:
+            raise UsageError(f"--target {options.target}: PyTorch runs on the CPU here; leave it out of --engines")
         return torch_engine(network)
     how = {"calibration_method": options.method} if options.method else {}
     if name == "pumice":
@@ -138,9 +143,9 @@ def torch_engine(network: torch.nn.Module) -> Engine:
     return Engine("torch f32", run)
 
 
-def peer_engine(peer: str, model: bytes, kind: str, threads: int) -> Engine:
+def peer_engine(peer: str, model: bytes, kind: str, threads: int, on_gpu: bool) -> Engine:
     """An ONNX model on the engine of that name in ``PEERS``; ``kind`` says in the table what the model is."""
-    session = PEERS[peer](model, threads)
+    session = PEERS[peer](model, threads, on_gpu)
     return Engine(f"{session.title} {kind}", lambda feed: _first(session.run(feed)), megabytes=len(model) / 1e6)
 
 

@@ -23,6 +23,7 @@ from bench.processes import fresh_processes, write_runs
 from bench.tables import markdown, number
 from pumice.bench import Timing
 from pumice.errors import UsageError
+from pumice.targets.target import Target
 
 ZEROS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -134,6 +135,8 @@ def main() -> None:
     parser = speed_options(__doc__, ZEROS, threads=[1], seconds=20, json="out/bench/layers.json")
     parser.add_argument("--layers", nargs="+", default=["*"], metavar="GLOB", help=f"of {'; '.join(LAYERS)}")
     options = parser.parse_args()
+    if Target.parse(options.target).runs_on_gpu:
+        raise UsageError(f"--target {options.target}: single layers are timed on CPUs; bench.networks_speed does GPUs")
     chosen = [name for name in LAYERS if any(fnmatchcase(name, glob) for glob in options.layers)]
     if not chosen:
         raise UsageError(f"--layers {' '.join(options.layers)} names none of: {'; '.join(LAYERS)}")

@@ -5,7 +5,8 @@
 Weights are random (the demo network's are trained): this is about speed. A share of the 1x4 blocks of each weight is
 set to zero in the ONNX model. The other engines run the dense model, in float32 and int8, since they take as long for
 the pruned one (``--peers-on-zeros 0.9`` shows it). All engines of one network and thread count take turns in one
-process, and every output is compared with ONNX Runtime's float32 on the same weights before it is timed.
+process, and every output is compared with ONNX Runtime's float32 on the same weights before it is timed. Where
+``--target`` is a GPU, they run on the GPU too (``--peers onnxruntime``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bench.subjects import SUBJECTS, Subject
 from bench.tables import markdown, number
 from pumice.errors import AccuracyBudgetError
 from pumice.peers import OnnxRuntime, quantize_int8
+from pumice.targets.target import Target
 
 ZEROS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 MIN_SNR_DB = 6.0  # of Pumice against float32 on the same weights: a wrong kernel gives 0 or less
@@ -84,12 +86,12 @@ def _contenders(job: Job, subject: Subject, path: Path, zeros: float) -> Iterato
     calibration = subject.feed(_CALIBRATION_SAMPLES)
     label = f"int8, {zeros:.0%} zero" if zeros else "int8"
     if job.peers and zeros in (0.0, *job.peers_on_zeros):
-        content = path.read_bytes()
-        quantized = quantize_int8(content, calibration, subject.quantized_operators)
+        content, on_gpu = path.read_bytes(), Target.parse(job.target).runs_on_gpu
+        quantized = quantize_int8(content, calibration, subject.quantized_operators, on_gpu)
         for peer in job.peers:
             if not zeros:
-                yield Contender(peer_engine(peer, content, "float32", job.threads), peer, "float32", zeros)
-            yield Contender(peer_engine(peer, quantized, label, job.threads), peer, "int8", zeros)
+                yield Contender(peer_engine(peer, content, "float32", job.threads, on_gpu), peer, "float32", zeros)
+            yield Contender(peer_engine(peer, quantized, label, job.threads, on_gpu), peer, "int8", zeros)
     if zeros in job.zeros:
         # Equalizing and bias correction take time to compile, and no matter for speed.
         how: dict[str, Any] = {

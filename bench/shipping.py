@@ -1,6 +1,6 @@
 """Whole networks as what ships: one file for each kind of box, run the way it would be there.
 
-    python -m bench.shipping [--networks demo mobilenet minilm] [--targets native armv8-a cuda] [--json out.json]
+    python -m bench.shipping [--networks demo minilm] [--targets native armv8-a cuda] [--zeros 0] [--json out.json]
 
 Each network, in int8 with 90 % of its 1x4 blocks zero, is calibrated once and compiled for every target. Then
 
@@ -45,6 +45,7 @@ from pumice.targets.build_cuda import CudaCode
 from pumice.targets.check import Check, checksum
 from pumice.targets.cuda_emulation import Emulation
 from pumice.targets.cuda_source import cuda_source
+from pumice.targets.detect import host_architecture
 from pumice.targets.executor import plain_manifest
 from pumice.targets.library import build_code, write_library
 from pumice.targets.plan import SCRATCH, WEIGHTS, WORKSPACE, Plan, aligned
@@ -67,7 +68,7 @@ class Start:
 
     milliseconds: float  # the median
     resident: int  # most of all processes
-    dirty: int  # of it, what the process wrote: what one more process costs
+    own: int  # of it, what no other process shares: what one more process costs
     is_in_empty_root: bool
 
 
@@ -84,8 +85,8 @@ class Shipped:
     plan: int  # workspace and scratch: the peak of what lives at once
     steps: int
     exact: int  # the steps that give the same bits everywhere; behind them outputs are compared with a tolerance
-    how: str  # it was verified
-    is_same: bool
+    how: str  # it was tried
+    is_same: bool | None  # None: not tried
     foreign: Sequence[str]  # symbols that neither libc nor libm has
     start: Start | None
 
@@ -95,11 +96,11 @@ class Shipped:
         return self.weights + self.plan + ALLOWED
 
 
-def ship(network: str, targets: Sequence[str], emulate: bool = True) -> list[Shipped]:
-    """Compile ``network`` for every target and try it; CUDA kernels only if they are to be emulated."""
+def ship(network: str, targets: Sequence[str], zeros: float = ZEROS, emulate: bool = True) -> list[Shipped]:
+    """Compile ``network``, with this share of zero blocks, for every target and try it; CUDA kernels if ``emulate``."""
     subject = SUBJECTS[network]
     feed = subject.feed(_CALIBRATION_SAMPLES)
-    model = read_model(prune_blocks(subject.model(), ZEROS, subject.pointwise_only), None)
+    model = read_model(prune_blocks(subject.model(), zeros, subject.pointwise_only), None)
     options = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
     mod = prepare(model, options, feed, None, Stages(None))
     return [_ship(mod, feed, subject.title, Target.parse(name), emulate) for name in targets]
@@ -116,8 +117,8 @@ def _ship(mod: IRModule, feed: Mapping[str, np.ndarray], network: str, target: T
         write_library(plan, target, plain_manifest(plan, target), library, None, check, code)
         start = None
         if isinstance(code, CudaCode):
-            how = "emulated kernels" if emulate else "not run"
-            is_same = emulate and runs_emulated(code.plan, code.scratch, check)
+            how = f"code for {len(code.cubins)} GPUs" + (", emulated" if emulate else "")
+            is_same = runs_emulated(code.plan, code.scratch, check) if emulate else None
         elif target.runs_here:
             start, is_same = first_result(library, check.inputs)
             how = "C, empty root" if start.is_in_empty_root else "C"
@@ -136,7 +137,7 @@ def _ship(mod: IRModule, feed: Mapping[str, np.ndarray], network: str, target: T
             check.exact,
             how,
             is_same,
-            foreign_symbols(library) if target.runs_here else [],
+            foreign_symbols(library) if target.architecture == host_architecture() else [],
             start,
         )
 
@@ -158,8 +159,8 @@ def first_result(library: Path, inputs: Sequence[np.ndarray], processes: int = P
             command = ["chroot", root, f"/{program.name}", f"/{library.name}", "1", f"/{sample.name}"]
         runs = [run_start(command) for _ in range(1 + processes)]
     milliseconds = statistics.median(run["ms"] for run in runs[1:])
-    resident, dirty = (max(run[key] for run in runs) for key in ("resident", "dirty"))
-    return Start(milliseconds, resident, dirty, is_root), not any(run["status"] for run in runs)
+    resident, own = (max(run[key] for run in runs) for key in ("resident", "own"))
+    return Start(milliseconds, resident, own, is_root), not any(run["status"] for run in runs)
 
 
 def runs_under_qemu(library: Path, target: Target, cpu: str) -> bool:
@@ -233,16 +234,16 @@ def table(results: Sequence[Shipped]) -> str:
         memory = [number(size / 1e6, 2) for size in (entry.file, entry.weights, entry.plan)]
         start = [""] * 4
         if entry.start:
-            sizes = entry.start.resident, entry.bound, entry.start.dirty
+            sizes = entry.start.resident, entry.bound, entry.start.own
             start = [*(number(size / 1e6, 2) for size in sizes), number(entry.start.milliseconds, 1)]
         rows.append([entry.network, entry.target, *memory, *start, verdict(entry), entry.how])
     return markdown(rows)
 
 
 def verdict(entry: Shipped) -> str:
-    """How many steps are the same to the bit."""
+    """How many steps are the same to the bit; nothing where none was run."""
     if not entry.is_same:
-        return "no"
+        return "" if entry.is_same is None else "no"
     return f"{entry.exact} of {entry.steps} steps" + ("" if entry.exact == entry.steps else ", outputs")
 
 
@@ -251,13 +252,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=["demo", "mobilenet", "minilm"])
     parser.add_argument("--targets", nargs="+", metavar="NAME", default=["native", *CPUS, "cuda"])
+    parser.add_argument("--zeros", type=float, default=ZEROS, metavar="SHARE", help="of 1x4 blocks")
     parser.add_argument("--no-emulation", dest="emulate", action="store_false", help="only compile CUDA kernels")
     parser.add_argument("--json", type=Path, default=Path("out/bench/shipping.json"))
     options = parser.parse_args()
     results: list[Shipped] = []
     with fresh_processes() as call:
         for network in options.networks:
-            results += call(ship, network, options.targets, options.emulate)
+            results += call(ship, network, options.targets, options.zeros, options.emulate)
             write_runs(options.json, "shipping", [asdict(entry) | {"bound": entry.bound} for entry in results])
     print(table(results))
 

@@ -2,7 +2,7 @@
  *
  *     ms        from before dlopen until the first result is there
  *     resident  the most bytes of memory that the process had, and of these
- *     dirty     bytes that it wrote, which no other process shares: what one more process costs
+ *     own       bytes in no file, which no other process shares: what one more process costs
  *     status    of pumice_verify; the run before it has to succeed
  *
  * SAMPLE is a file of all inputs, one after the other; without it they are zeros. Standard input is the folder /proc, so
@@ -26,11 +26,11 @@ static double milliseconds(void) {
     return 1e3 * (double)now.tv_sec + 1e-6 * (double)now.tv_nsec;
 }
 
-/* What the file /proc/NAME says of `key`, in bytes; 0 where it cannot be read. */
-static long long memory(const char *name, const char *key) {
+/* What /proc/self/status says of `key`, in bytes; 0 where it cannot be read. */
+static long long memory(const char *key) {
     long long kilobytes = 0;
     char line[256];
-    const int entry = openat(STDIN_FILENO, name, O_RDONLY);
+    const int entry = openat(STDIN_FILENO, "self/status", O_RDONLY);
     FILE *file = entry < 0 ? NULL : fdopen(entry, "r");
     while (file && fgets(line, sizeof line, file))
         if (!strncmp(line, key, strlen(key))) kilobytes = atoll(line + strlen(key));
@@ -71,8 +71,8 @@ int main(int count, char **arguments) {
     if (status != PUMICE_OK) return status;
 
     /* Not getrusage: that counts what the process was before exec too. */
-    const long long resident = memory("self/status", "VmHWM:"), dirty = memory("self/smaps_rollup", "Private_Dirty:");
-    printf("{\"ms\": %.3f, \"resident\": %lld, \"dirty\": %lld, \"status\": %d}\n", end - begin, resident, dirty,
+    const long long resident = memory("VmHWM:"), own = memory("RssAnon:");
+    printf("{\"ms\": %.3f, \"resident\": %lld, \"own\": %lld, \"status\": %d}\n", end - begin, resident, own,
            verify(instance, NULL));
     return 0;
 }

@@ -9,6 +9,7 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.passes.choose_kernel import Chooser
+from pumice.passes.contract_products import ContractProducts
 from pumice.passes.lower_packed import LowerPacked
 from pumice.targets.target import Target
 
@@ -46,5 +47,7 @@ def lowering(target: Target, options: LowerOptions) -> tvm.transform.Sequential:
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(["main"]),
+            # Phase 3: how floats are rounded is no longer the compilers' choice.
+            ContractProducts(target),
         ]
     )

@@ -67,24 +67,19 @@ def exact_steps(plan: Plan, target: Target) -> int:
     """How many steps from the first on give the same bits on ``target`` as here.
 
     A step that calls a function of the C library ends them. So does, where a twin runs in the code's place, a float
-    sum with a product that the two may round differently: once, with the product fused into it, or twice.
+    sum with a product that compilers are left to round, see ``ContractProducts``: once, with the product fused into it,
+    or twice.
     """
     inexact = {name for name, kernel in plan.kernels.items() if _is_inexact(kernel, target)}
     return next((number for number, step in enumerate(plan.steps) if step.kernel in inexact), len(plan.steps))
 
 
-def _products_to_differ(kernel: tirx.PrimFunc, target: Target) -> int:
-    """How many products a sum must have for its rounding to depend on the compiler; 3 where it never does.
+def _may_round_otherwise(target: Target) -> bool:
+    """Whether a sum with a product that is not spelt out may have another last bit on ``target`` than here.
 
-    Every LLVM fuses the only product of a sum, if the CPU can, and either of two. It may not where that product is used
-    elsewhere too: Pumice's kernels have none such, TVM's (``s_tir``) may.
+    The same code has not. Of two compilers at most one may fuse the product, or each another one of several.
     """
-    if target.runs_here:
-        return 3
-    fuses = {_fuses(target), _fuses(Target.parse("native"))}
-    if len(fuses) > 1 or kernel.attrs.get("s_tir"):
-        return 1
-    return 2 if True in fuses else 3
+    return not target.runs_here and (_fuses(target) or _fuses(Target.parse("native")))
 
 
 def _fuses(target: Target) -> bool:
@@ -150,20 +145,19 @@ def _zeros(size: int) -> np.ndarray:
 
 
 def _is_inexact(kernel: tirx.PrimFunc, target: Target) -> bool:
-    found, products = [], _products_to_differ(kernel, target)
+    found, varies = [], _may_round_otherwise(target)
     tvm_ffi.structural_walk(
         kernel.body,
         [
             (Call, lambda call: found.append(_calls_libm(call))),
-            ((tirx.Add, tirx.Sub), lambda node: found.append(_float_products(node) >= products)),
+            ((tirx.Add, tirx.Sub), lambda node: found.append(varies and _adds_float_product(node))),
         ],
     )
     return any(found)
 
 
-def _float_products(node: tirx.Add | tirx.Sub) -> int:
-    is_float = str(node.a.ty).startswith("float")
-    return sum(isinstance(side, tirx.Mul) for side in (node.a, node.b)) if is_float else 0
+def _adds_float_product(node: tirx.Add | tirx.Sub) -> bool:
+    return str(node.a.ty).startswith("float") and any(isinstance(side, tirx.Mul) for side in (node.a, node.b))
 
 
 def _calls_libm(call: Call) -> bool:

@@ -41,6 +41,7 @@ class Isa:
     ``orders_rows``: whether sparse rows are computed in an order that the CPU's branch predictor can follow.
     ``shuffle``: ``(words, control)`` gives byte i of each 128 bits their byte ``control[i]``. None where that takes
     plain arithmetic.
+    ``fuses``: whether ``a * b + c`` of floats, rounded once, is one instruction; else it is a call of libm.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Isa:
     hide: Callable[[int, Expr], Expr] | None = None
     orders_rows: bool = False
     shuffle: Callable[[int, Expr, Expr], Expr] | None = None
+    fuses: bool = True
 
     @property
     def has_dot(self) -> bool:
@@ -223,7 +225,7 @@ _ISAS = {
         _SIGNED("neon", dot=neon.multiply_pairs, cautious=neon.multiply_wide, hide=neon.hide, registers=26),
         _SIGNED("dotprod", dot=neon.sdot),
         _NEON("i8mm", dot=neon.usdot, narrow=(neon.narrow_words, neon.narrow_to_unsigned)),
-        Isa("portable", lanes=4, registers=16, dot=_widened),
+        Isa("portable", lanes=4, registers=16, dot=_widened, fuses=False),
         Isa("cuda", lanes=1, registers=8, dot=_widened),
     )
 }

@@ -28,9 +28,9 @@ _NO_REMAINDER_LOOPS = "-unroll-runtime=false"
 _PRODUCTS: dict[str, tuple[tuple[str, frozenset[str]], ...]] = {
     "x86_64": (
         ("vnni512", frozenset({"avx512_vnni", "avx512bw", "avx512vl"})),
-        ("avxvnni", frozenset({"avx_vnni", "avx2"})),
+        ("avxvnni", frozenset({"avx_vnni", "avx2", "fma"})),
         ("avx512bw", frozenset({"avx512bw", "avx512vl"})),
-        ("avx2", frozenset({"avx2"})),
+        ("avx2", frozenset({"avx2", "fma"})),
         ("portable", frozenset()),
     ),
     "aarch64": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands,
         "bench",
-        "time a compiled library, alone or in turns with ONNX Runtime and OpenVINO",
+        "time a compiled library, alone or in turns with ONNX Runtime and OpenVINO, where it runs: on the CPU or a GPU",
         "pumice bench model.so --vs onnxruntime --model model.onnx --calibration images.npz --threads 2",
     )
     parser.add_argument("library", metavar="OUT.so", help="a library that `pumice compile` wrote")
@@ -45,10 +46,11 @@ def run(args: argparse.Namespace) -> None:
     model = load(args.library, args.threads)
     feed = read_arrays(args.inputs) if args.inputs else random_inputs(model)
     model(feed)
+    on_gpu = bool(model.manifest["target"].get("gpus"))
     engines: dict[str, Callable[[], Any]] = {"pumice": lambda: model(feed)}
     notes: list[str] = []
     if args.vs:
-        engines |= _peers(args, model, feed, notes)
+        engines |= _peers(args, model, feed, on_gpu, notes)
     timings = measure(engines, args.seconds)
     profile = model.profile(feed, args.seconds) if args.layers else None
     if args.json:
@@ -56,20 +58,20 @@ def run(args: argparse.Namespace) -> None:
         numbers = {"library": args.library, "threads": model.threads, "engines": entries, "notes": notes}
         print(json.dumps(numbers | ({"layers": profile.to_json()} if profile else {})))
         return
-    print(format_timings(timings, model.threads))
+    print(format_timings(timings, "the GPU" if on_gpu else f"{model.threads} thread{'s' * (model.threads > 1)}"))
     print("".join(f"note: {note}\n" for note in notes), end="")
     if profile:
         print(f"\n{profile}")
 
 
-def format_timings(timings: list[Any], threads: int) -> str:
-    """The table, for a person."""
+def format_timings(timings: list[Any], place: str) -> str:
+    """The table, for a person; ``place`` is what all engines ran on."""
     from pumice.report_table import format_table
 
     rows = [("engine", "median ms", "p10 ms", "p90 ms", "calls", f"time ratio to {timings[0].name}")]
     for t in timings:
         rows.append((t.name, f"{t.median:.4g}", f"{t.p10:.4g}", f"{t.p90:.4g}", str(t.calls), f"{t.ratio:.2f}"))
-    head = f"one inference on {threads} thread{'s' if threads > 1 else ''}, engines in turns:"
+    head = f"one inference on {place}, engines in turns:"
     return "\n".join([head, "", *format_table(rows, 120, {"engine"})])
 
 
@@ -85,20 +87,22 @@ def random_inputs(model: Any) -> dict[str, np.ndarray]:
 
 
 def _peers(
-    args: argparse.Namespace, model: Any, feed: dict[str, np.ndarray], notes: list[str]
+    args: argparse.Namespace, model: Any, feed: dict[str, np.ndarray], on_gpu: bool, notes: list[str]
 ) -> dict[str, Callable[[], Any]]:
     from pumice.arrays import read_arrays
     from pumice.peers import PEERS, is_quantized, quantize_int8, read_pinned
 
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def add(kind: str, content: bytes) -> None:
+        for name in dict.fromkeys(args.vs):
+            peer = PEERS[name](content, model.threads, on_gpu)
+            calls[f"{peer.title} {kind}"] = partial(peer.run, feed)
+
     source = read_pinned(args.model, {spec.name: spec.shape for spec in model.inputs})
-    contents = {"int8 (as given)" if is_quantized(source) else "f32": source}
+    add("int8 (as given)" if is_quantized(source) else "f32", source)
     if not is_quantized(source) and args.calibration:
-        contents["int8"] = quantize_int8(source, read_arrays(args.calibration))
+        add("int8", quantize_int8(source, read_arrays(args.calibration), on_gpu=on_gpu))
     elif not is_quantized(source):
         notes.append("int8 of the other engines was left out; it needs --calibration FILE.npz")
-    peers = {
-        f"{name} {kind}": PEERS[name](content, model.threads)
-        for name in dict.fromkeys(args.vs)
-        for kind, content in contents.items()
-    }
-    return {name: lambda peer=peer: peer.run(feed) for name, peer in peers.items()}  # type: ignore[misc]
+    return calls

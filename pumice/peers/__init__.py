@@ -1,4 +1,4 @@
-"""Other engines, to compare with: each runs an ONNX model, in float32 or int8, on a fixed number of threads."""
+"""Other engines, to compare with: each runs an ONNX model, in float32 or int8, on so many threads or a GPU."""
 
 from pumice.peers.model import is_quantized, read_pinned
 from pumice.peers.onnxruntime import OnnxRuntime

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pumice.artifact import first_line
-from pumice.errors import MissingDependencyError, ModelError
+from pumice.errors import MissingDependencyError, ModelError, UnsupportedError
 from pumice.peers.model import is_quantized
 
 _TELEMETRY = "openvino_telemetry"
@@ -24,8 +24,12 @@ class OpenVino:
 
     title = "OpenVINO"
 
-    def __init__(self, model: bytes, threads: int, profile: bool = False) -> None:
-        """``profile`` keeps what ``operator_means`` tells."""
+    def __init__(self, model: bytes, threads: int, on_gpu: bool = False, profile: bool = False) -> None:
+        """``profile`` keeps what ``operator_means`` tells. Raises UnsupportedError if it is to run ``on_gpu``."""
+        if on_gpu:
+            raise UnsupportedError(
+                "the library runs on NVIDIA's GPU, where OpenVINO has no engine: compare with ONNX Runtime"
+            )
         core = import_openvino().Core()
         config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",

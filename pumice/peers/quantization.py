@@ -1,4 +1,4 @@
-"""ONNX Runtime's static quantization (U8S8, QDQ), which every engine that reads QDQ models can run."""
+"""ONNX Runtime's static quantization (QDQ), in the form that an engine runs fastest: U8S8 on CPUs, S8S8 on GPUs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from pumice.peers.onnxruntime import import_onnxruntime
 from pumice.targets.detect import host_features
 
 
-def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray], operators: Sequence[str] | None = None) -> bytes:
+def quantize_int8(
+    model: bytes,
+    calibration: Mapping[str, np.ndarray],
+    operators: Sequence[str] | None = None,
+    on_gpu: bool = False,
+) -> bytes:
     """ONNX Runtime's static quantization: uint8 activations, int8 weights per channel, its own preparation first.
 
     ``calibration`` holds one array an input, cut along its first axis into pieces of the input's first dimension.
-    ``operators`` are the ONNX operator types to quantize (None: all that it can).
+    ``operators`` are the ONNX operator types to quantize (None: all that it can). ``on_gpu``: as TensorRT wants it,
+    with int8 activations, no zero points, and biases in float.
     """
     import_onnxruntime()
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # Without VNNI its U8S8 product saturates at 16 bits; 7-bit weights are what its documentation prescribes.
-    saturates = not host_features() & {"avx512_vnni", "avx_vnni", "asimddp"}
+    saturates = not on_gpu and not host_features() & {"avx512_vnni", "avx_vnni", "asimddp"}
     quiet = logging.getLogger()
     level = quiet.level
     quiet.setLevel(logging.ERROR)  # it advises on the root logger about the preparation that it was given
@@ -44,8 +50,9 @@ def quantize_int8(model: bytes, calibration: Mapping[str, np.ndarray], operators
                 quant_format=quantization.QuantFormat.QDQ,
                 per_channel=True,
                 reduce_range=saturates,
-                activation_type=quantization.QuantType.QUInt8,
+                activation_type=quantization.QuantType.QInt8 if on_gpu else quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
+                extra_options={"ActivationSymmetric": True, "QuantizeBias": False} if on_gpu else {},
             )
             return Path(result).read_bytes()
     except ModelError:

@@ -134,4 +134,4 @@ def test_memory_is_that_of_the_weights_and_the_plan_and_a_little(library, tmp_pa
     found = run_start([build(tmp_path / "start", "gcc", "-std=c11", START, "-ldl"), library, str(threads)])
     manifest = read_manifest(library)
     planned = manifest["weights"] + manifest["workspace"] + threads * manifest["scratch"]
-    assert 0 < found["dirty"] < found["resident"] <= planned + (10 << 20)
+    assert 0 < found["own"] < found["resident"] <= planned + (10 << 20)

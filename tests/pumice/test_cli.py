@@ -82,14 +82,14 @@ def test_json_parses_and_says_the_same(run, tmp_path, model_path, calibration_pa
     assert timed["engines"][0]["median_ms"] > 0
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_bench_beside_another_engine(run, library, model_path, calibration_path, engine):
+@pytest.mark.parametrize(("engine", "title"), [("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")])
+def test_bench_beside_another_engine(run, library, model_path, calibration_path, engine, title):
     if importlib.util.find_spec(engine) is None:
         pytest.skip(f"{engine} is not installed")
     arguments = ("--vs", engine, "--model", model_path, "--seconds", "0.2", "--threads", "1", "--json")
     code, out, _ = run("bench", library, *arguments, "--calibration", calibration_path)
     assert code == 0
-    assert [timed["name"] for timed in json.loads(out)["engines"]] == ["pumice", f"{engine} f32", f"{engine} int8"]
+    assert [timed["name"] for timed in json.loads(out)["engines"]] == ["pumice", f"{title} f32", f"{title} int8"]
     code, out, _ = run("bench", library, *arguments)
     assert "needs --calibration" in json.loads(out)["notes"][0]
 

@@ -104,7 +104,7 @@ def test_the_manifest_is_strict_json_and_says_how_it_was_made(compiled):
     manifest = json.loads(text)
     assert manifest["options"]["calibration_method"] == "minmax"
     assert manifest["versions"]["tvm"].startswith("0.27")
-    assert set(manifest["target"]) == {"name", "tvm", "architecture", "isa", "features"}
+    assert set(manifest["target"]) == {"name", "tvm", "architecture", "isa", "features", "gpus"}
 
 
 def test_the_same_model_gives_the_same_library(compiled, library, model_path, samples, tmp_path):

@@ -18,6 +18,7 @@ import pumice
 from pumice import loader
 from pumice.cli import main
 from pumice.errors import DifferenceError, UsageError
+from pumice.passes.contract_products import contract
 from pumice.schedules.copy import copy
 from pumice.targets.build import build
 from pumice.targets.check import checksum
@@ -143,17 +144,10 @@ def plan_of(*kernels):
     return Plan(dict(kernels), steps, aligned((0,), "uint8"), 64 * len(kernels), (spec,), (spec,))
 
 
-@T.prim_func(private=True)
-def add_products(x: T.Buffer((16,), "float32"), y: T.Buffer((16,), "float32")):
-    for i in range(16):
-        y[i] = x[i] * T.float32(3) + x[i] * T.float32(5)
-
-
 COPY = ("copy", copy(64, "copy"))
 EXP = ("exponential", exponential)
 SUM = ("multiply_add", multiply_add)
-SUM_OF_TVM = ("multiply_add", multiply_add.with_attr("s_tir", True))
-PRODUCTS = ("add_products", add_products)
+CONTRACTED = ("multiply_add", contract(multiply_add))
 
 # Not this machine, with fused multiply-adds and without.
 FUSING = replace(Target.parse("x86-64-v3"), features=frozenset({"fma", "flying"}))
@@ -165,9 +159,8 @@ PLAIN = replace(Target.parse("x86-64"), features=frozenset({"flying"}))
     [
         ([COPY, COPY], 2, 2, 2),
         ([COPY, EXP, COPY], 1, 1, 1),
-        ([COPY, SUM], 2, 2, 1),
-        ([COPY, SUM_OF_TVM], 2, 1, 1),
-        ([COPY, PRODUCTS], 2, 1, 1),
+        ([COPY, SUM], 2, 1, 1),
+        ([COPY, CONTRACTED], 2, 2, 2),
     ],
 )
 def test_steps_are_exact_until_one_is_rounded_by_somebody_elses_rules(kernels, here, fusing, plain):
