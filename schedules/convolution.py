@@ -28,7 +28,7 @@ from pumice.schedules.epilogue import (
     residual_of_word,
     round_unsaturated,
 )
-from pumice.schedules.geometry import Geometry
+from pumice.schedules.geometry import LANES, Geometry
 from pumice.schedules.places import Places
 from pumice.schedules.tiling import Tiling
 from pumice.targets.isa import Isa
@@ -123,7 +123,10 @@ class _Emitter:
         self.work, self.isa, self.lanes = work, isa.for_weights(work.has_lowest_pairs), isa.lanes
         self.acc_dtype = "int32" if work.dtype == "int8" else "float32"
         self.packed = work.epilogue.output == "uint8"
-        self.vectors = -(-work.target.span // self.lanes)
+        span = work.target.span
+        if isa.is_gpu:  # as ``schedules/cuda`` does: what lies behind the last position is computed by wide vectors
+            span = min(-(-span // LANES) * LANES, work.target.positions - work.target.base)
+        self.vectors = -(-span // self.lanes)
         self.position_tiles = -(-self.vectors // work.tiling.vectors)
         self.quads = work.rows // QUAD
         self.group = min(work.tiling.rows // QUAD, self.quads)

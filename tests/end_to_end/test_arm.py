@@ -132,6 +132,20 @@ def test_a_cpu_that_is_too_old_is_told_so(library, data, name, cpu, lacks):
     assert "this CPU lacks" in done.stderr and lacks in done.stderr and name in done.stderr
 
 
+def test_the_floats_of_a_transformer_are_exact(tmp_path):
+    """To the last bit in every step, though not one of these numbers came from ARM."""
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+    from transformer import SHAPE, Encoder
+
+    command, path = emulator("cortex-a53"), tmp_path / "model.so"
+    compiled = compile_model(Encoder().eval(), (torch.zeros(SHAPE),), quantize=False, target="armv8-a")
+    compiled.save(path)
+    assert compiled.manifest["check"]["exact"] == len(compiled.manifest["steps"])
+    program = build_program(Target.parse("armv8-a"), EXAMPLE, path, links=False)
+    done = subprocess.run([*command, program, "-v", path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", ["mobilenet", "minilm"])
 def test_larger_networks_give_the_same_numbers(subject, tmp_path):

@@ -115,6 +115,37 @@ def test_two_of_four_weights_give_the_same_logits(driver, tmp_path):
     np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(expected))
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_transformer_is_exact_on_positions_that_fill_no_vectors(driver, tmp_path, quantize):
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+    from transformer import SHAPE, Encoder
+
+    x = {"x": np.random.default_rng(0).standard_normal((2, *SHAPE[1:])).astype(np.float32)}
+    mod = read_model(Encoder().eval(), (torch.zeros(SHAPE),))
+    mod = prepare(mod, replace(QUICK, quantize=quantize), x if quantize else None, None, Stages(None))
+    first = {"x": x["x"][:1]}
+    emulated = emulated_library(mod, tmp_path / "model.so", first)
+    (expected,) = on_this_cpu(mod, [first])
+    with load(emulated.path) as model:
+        assert model.manifest["check"]["exact"] == len(emulated.plan.steps)
+        model.verify()
+        np.testing.assert_array_equal(model(first["x"])["y0"], expected)
+
+
+def test_the_threads_of_a_gpu_add_floats_in_an_order_of_their_own(driver, tmp_path):
+    """A float layer with one position: its numbers are right, but nothing promises the last bit."""
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+
+    torch.manual_seed(0)
+    mod = read_model(torch.nn.Linear(300, 8).eval(), (torch.zeros(1, 300),))
+    mod = prepare(mod, replace(QUICK, quantize=False), None, None, Stages(None))
+    emulated = emulated_library(mod, tmp_path / "model.so")
+    layer = next(i for i, step in enumerate(emulated.plan.steps) if step.layer)
+    with load(emulated.path) as model:
+        assert model.manifest["check"]["exact"] == layer
+        model.verify()
+
+
 @pytest.mark.slow
 def test_mobilenet_gives_the_same_integers(driver, tmp_path):
     torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
@@ -138,7 +169,7 @@ def test_mobilenet_gives_the_same_integers(driver, tmp_path):
 
 @pytest.mark.slow
 def test_a_sentence_encoder_gives_the_same_embedding(driver, tmp_path):
-    """Attention adds float products, which CPUs round once or twice; what follows may round to another byte."""
+    """Exact but for the norm of the embedding itself, by a power of libm."""
     torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
     from bench.networks import MiniLM
 
