@@ -138,7 +138,7 @@ def test_the_floats_of_a_transformer_are_exact(tmp_path):
     from transformer import SHAPE, Encoder
 
     command, path = emulator("cortex-a53"), tmp_path / "model.so"
-    compiled = compile_model(Encoder().eval(), (torch.zeros(SHAPE),), quantize=False, target="armv8-a")
+    compiled = compile_model(Encoder().eval(), inputs=(torch.zeros(SHAPE),), quantize=False, target="armv8-a")
     compiled.save(path)
     assert compiled.manifest["check"]["exact"] == len(compiled.manifest["steps"])
     program = build_program(Target.parse("armv8-a"), EXAMPLE, path, links=False)
