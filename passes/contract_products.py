@@ -8,6 +8,8 @@ depends on it. Spelt out, in TVM's kernels as well as in Pumice's, every compile
 
 from __future__ import annotations
 
+from typing import Any
+
 import tvm
 import tvm_ffi
 from tvm import DataType, tirx
@@ -34,8 +36,19 @@ class ContractProducts:
 
 
 def contract(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-    """``kernel`` with ``fma(a, b, c)`` for ``a * b + c``, ``c + a * b``, ``a * b - c`` and ``c - a * b``."""
-    return tvm_ffi.structural_map(kernel, [((tirx.Add, tirx.Sub), _contracted)])
+    """``kernel`` with ``fma(a, b, c)`` for ``a * b + c``, ``c + a * b``, ``a * b - c`` and ``c - a * b``.
+
+    What is cut to an integer stays as it is: the coordinates of a resize, by rounding twice, fall on whole numbers.
+    """
+    return tvm_ffi.structural_mutate(kernel, [(tirx.Cast, _cast), ((tirx.Add, tirx.Sub), _sum)])
+
+
+def _cast(cast: tirx.Cast, mutator: Any) -> Expr:
+    return cast if str(cast.ty).startswith(("int", "uint")) else mutator.default_mutate(cast)
+
+
+def _sum(total: tirx.Add | tirx.Sub, mutator: Any) -> Expr:
+    return _contracted(mutator.default_mutate(total))
 
 
 def _contracted(total: tirx.Add | tirx.Sub) -> Expr:

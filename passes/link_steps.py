@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from tvm import relax
+import tvm_ffi
+from tvm import relax, tirx
 from tvm.ir import GenericConst, GlobalVar, IRModule, Type
 from tvm.runtime import DataType
 
@@ -74,7 +75,7 @@ class _Linker:
         self._deliver(self._storages([main.body.body]))
         workspace = self._place()
         steps = tuple(_step(call) for call in self._calls)
-        kernels = {step.kernel: self._kernels[step.kernel] for step in steps}
+        kernels = {step.kernel: _from_first_elements(self._kernels[step.kernel]) for step in steps}
         outputs = tuple(_spec(ty) for ty in (main.ret_ty.fields if _is_tuple(main.ret_ty) else [main.ret_ty]))
         return Plan(kernels, steps, self._weights.blob(), workspace, tuple(self._inputs), outputs)
 
@@ -185,6 +186,12 @@ def _step(call: _Call) -> Step:
     places = [storage.place for storage in (*call.arguments, *call.results)]
     outputs = tuple(storage.size for storage in call.results)
     return Step(call.kernel, tuple(place for place in places if place is not None), call.layer, outputs)
+
+
+def _from_first_elements(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """``kernel`` without the offsets that TVM leaves open in some arguments: a view starts at its first element."""
+    offsets = {buffer.elem_offset for buffer in kernel.params if isinstance(buffer.elem_offset, tirx.Var)}
+    return tvm_ffi.structural_map(kernel, (tirx.Var, lambda var: tirx.const(0, var.ty) if var in offsets else var))
 
 
 def _is_tuple(ty: Type) -> bool:

@@ -355,14 +355,14 @@ def check_runs_here(name: str, target: Mapping[str, Any]) -> None:
     if target["architecture"] != host_architecture():
         raise UnsupportedError(
             f"{name}: was compiled for {target['architecture']} (target {target['name']}) and this machine is "
-            f"{host_architecture()}; compile it with --target native"
+            f"{host_architecture()}; run it there, or compile it with --target native"
         )
     features = host_features()
     missing = sorted(set(target["features"]) - features) if features else []
     if missing:
         raise UnsupportedError(
-            f"{name}: was compiled for target {target['name']} and this CPU lacks {', '.join(missing)}; compile it "
-            "with --target native on this machine"
+            f"{name}: was compiled for target {target['name']} and this CPU lacks {', '.join(missing)}; run it on "
+            "such a machine, or compile it with --target native"
         )
 
 

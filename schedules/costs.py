@@ -2,9 +2,8 @@
 
 ``python bench/kernel_costs.py`` measures kernels of many shapes and fits these numbers to their times, here on one
 Zen 5 core. Only ratios between the forms of one instruction set matter; ``pumice tune`` replaces the estimate by
-measurements of the layer itself. The price of a step, and that of a load of ``vnni512 int8``, were not fitted but set
-by comparing whole networks (of ten tables for ResNet-50, this one was the fastest, by 1 %): kernels that are timed
-alone find their data closer by, and their lists known.
+measurements of the layer itself. The price of a step was not fitted but set, by comparing whole networks: kernels that
+are timed alone do not show it.
 
 The rows of ARM's instruction sets are estimates, for no ARM hardware was at hand: the instructions of each thing, as
 LLVM emits them (docs/arm.md), divided by how many of them a core issues a cycle as its maker describes it. ``neon`` is

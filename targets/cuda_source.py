@@ -51,8 +51,24 @@ class CudaSource:
 def cuda_source(functions: Mapping[str, tirx.PrimFunc]) -> CudaSource:
     """The source of ``functions``, each a PrimFunc on tensors of static shape, without results that are allocated.
 
-    Raises UnsupportedError for a function that does more than launch kernels on its arguments.
+    Raises UnsupportedError for a function that does more than launch kernels on its arguments, or that TVM cannot
+    lower for CUDA.
     """
+    try:
+        return _lowered(functions)
+    except tvm.error.InternalError as error:
+        if len(functions) > 1:
+            for name, function in functions.items():
+                cuda_source({name: function})  # the one that TVM fails on is refused by its name
+            raise
+        (name,), reason = functions, str(error).strip().splitlines()[-1]
+        raise UnsupportedError(
+            f"kernel '{name}': TVM cannot make CUDA code of it ({reason}); take its operator out of the model, or "
+            "compute it outside"
+        ) from error
+
+
+def _lowered(functions: Mapping[str, tirx.PrimFunc]) -> CudaSource:
     target = tvm.target.Target({"kind": "cuda", "arch": _OLDEST}).with_host("llvm")
     named = {GlobalVar(name): function.with_attr("global_symbol", name) for name, function in functions.items()}
     with tvm.transform.PassContext(opt_level=3, config={"tirx.UnrollLoop": {"explicit_unroll": False}}):

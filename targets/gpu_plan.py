@@ -15,10 +15,11 @@ from typing import TypeVar
 
 import tvm_ffi
 from tvm import DataType, s_tir, tirx
-from tvm.ir import IRModule
+from tvm.ir import Call, IRModule
 from tvm.s_tir import dlight
 from tvm.tirx import stmt as nodes
 
+from pumice.errors import UnsupportedError
 from pumice.targets.plan import SCRATCH, Plan, View, align
 from pumice.targets.spread import spread
 from pumice.targets.target import Target
@@ -27,13 +28,16 @@ Argument = TypeVar("Argument")
 
 
 def gpu_plan(plan: Plan, target: Target) -> tuple[Plan, int]:
-    """``plan`` with kernels that ``cuda_source`` takes, and the bytes of scratch that its steps share."""
+    """``plan`` with kernels that ``cuda_source`` takes, and the bytes of scratch that its steps share.
+
+    Raises UnsupportedError for an operator that TVM computes in a function of its own runtime.
+    """
     results = {step.kernel: len(step.outputs) for step in plan.steps}
     kernels: dict[str, tirx.PrimFunc] = {}
     places: dict[str, tuple[View, ...]] = {}
     scratch = 0
     for name, kernel in plan.kernels.items():
-        kernels[name], between = _on_threads(kernel, results[name], target)
+        kernels[name], between = _on_threads(name, kernel, results[name], target)
         offsets = [0]
         for buffer in between:
             offsets.append(offsets[-1] + align(_bytes(buffer)))
@@ -46,9 +50,16 @@ def gpu_plan(plan: Plan, target: Target) -> tuple[Plan, int]:
     return replace(plan, kernels=kernels, steps=steps), scratch
 
 
-def _on_threads(kernel: tirx.PrimFunc, results: int, target: Target) -> tuple[tirx.PrimFunc, list[tirx.Buffer]]:
+def _on_threads(
+    name: str, kernel: tirx.PrimFunc, results: int, target: Target
+) -> tuple[tirx.PrimFunc, list[tirx.Buffer]]:
     """``kernel`` on threads, and the arguments that it has got before its ``results``."""
     kinds = _kinds(kernel)
+    if "calling" in kinds:
+        raise UnsupportedError(
+            f"operator '{name}': TVM calls a function of its own runtime for it, as it does where something is sorted, "
+            "and there is none on a GPU; take it out of the model, or compute it outside"
+        )
     if "bound" in kinds:
         return kernel, []
     if "scheduled" not in kinds:
@@ -66,7 +77,8 @@ def _on_threads(kernel: tirx.PrimFunc, results: int, target: Target) -> tuple[ti
 
 
 def _kinds(kernel: tirx.PrimFunc) -> set[str]:
-    """``bound`` if some loop runs over threads, ``scheduled`` if TVM's schedules can change it."""
+    """``bound`` if some loop runs over threads, ``scheduled`` if TVM's schedules can change it, ``calling`` if it
+    calls what is no code of its own."""
     found: set[str] = set()
 
     def loop(stmt: nodes.For) -> None:
@@ -78,7 +90,11 @@ def _kinds(kernel: tirx.PrimFunc) -> set[str]:
     def block(stmt: s_tir.SBlock) -> None:
         found.add("scheduled")
 
-    tvm_ffi.structural_walk(kernel.body, [(nodes.For, loop), (nodes.AttrStmt, attribute), (s_tir.SBlock, block)])
+    def call(expression: Call) -> None:
+        found.update({"calling"} if str(getattr(expression.op, "name", "")) == "tirx.tvm_call_packed" else ())
+
+    visits = [(nodes.For, loop), (nodes.AttrStmt, attribute), (s_tir.SBlock, block), (Call, call)]
+    tvm_ffi.structural_walk(kernel.body, visits)
     return found
 
 

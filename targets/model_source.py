@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from tvm import DataType
 
-from pumice.targets.check import Check
-from pumice.targets.plan import Plan, Spec, align
+from pumice.targets.check import Check, checksum
+from pumice.targets.plan import WEIGHTS, Plan, Spec, align
 from pumice.targets.target import Target
 
 
@@ -30,22 +30,25 @@ class ModelTables:
         plan = self.plan
         exact = self.check.exact if self.check else len(plan.steps)
         tolerance = float(self.check.tolerance).hex() if self.check else "0"
+        pieces, stored = self._pieces(), self.check_bytes()
         tensors = [self._tensors("inputs", self.inputs, plan.inputs)]
         tensors.append(self._tensors("outputs", self.outputs, plan.outputs))
         return f"""#include "model.h"
 
-{"".join(tensors)}{self._steps()}
+{"".join(tensors)}{self._steps()}{c_array("const model_piece", "pieces", pieces)}
 {c_array("const char *const", "features", map(_string, sorted(self.target.features)))}
 {c_array("const uint64_t", "check", map(str, self._check_offsets())) if self.check else ""}
 const model_tables pumice_model = {{
     .input_count = {len(plan.inputs)},
     .output_count = {len(plan.outputs)},
     .step_count = {len(plan.steps)},
+    .piece_count = {len(pieces)},
     .feature_count = {len(self.target.features)},
     .inputs = inputs,
     .outputs = outputs,
     .steps = steps,
     .results = results,
+    .pieces = pieces,
     .features = features,
     .target = {_string(self.target.name)},
     .workspace = {plan.workspace},
@@ -53,8 +56,23 @@ const model_tables pumice_model = {{
     .exact_steps = {exact},
     .tolerance = {tolerance},
     .check = {"check" if self.check else 0},
+    .check_bytes = {len(stored)},
+    .check_checksum = {checksum(stored):#x},
 }};
 """
+
+    def _pieces(self) -> list[str]:
+        """The weights, cut where an argument of a step begins; without a check nobody asks for them."""
+        first: dict[int, int] = {}
+        for number, step in enumerate(self.plan.steps if self.check else ()):
+            for view in step.arguments:
+                if view.buffer == WEIGHTS:
+                    first.setdefault(view.offset, number)
+        ends = [*sorted(first)[1:], self.plan.weights.nbytes]
+        return [
+            f"{{{start}, {end - start}, {checksum(self.plan.weights[start:end].data):#x}, {first[start]}}}"
+            for start, end in zip(sorted(first), ends, strict=bool(first))
+        ]
 
     def check_bytes(self) -> bytes:
         """What ``pumice_check`` holds: the stored arrays, each aligned."""
@@ -81,11 +99,11 @@ const model_tables pumice_model = {{
         steps: list[str] = []
         results: list[str] = []
         checksums = self.check.checksums if self.check else [0] * len(self.plan.steps)
-        for step, checksum in zip(self.plan.steps, checksums, strict=True):
+        for step, sum_ in zip(self.plan.steps, checksums, strict=True):
             first = len(results)
             for view, size in zip(step.results, step.outputs, strict=True):
                 results.append(f"{{{view.buffer}, {view.offset}, {size}}}")
-            steps.append(f"{{{_string(step.layer or step.kernel)}, {checksum:#x}, {first}, {len(results)}}}")
+            steps.append(f"{{{_string(step.layer or step.kernel)}, {sum_:#x}, {first}, {len(results)}}}")
         return c_array("const model_view", "results", results) + c_array("const model_step", "steps", steps)
 
 

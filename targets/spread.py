@@ -9,8 +9,9 @@
 The kernel must be emitted for vectors of one lane. A loop is shared out if its steps may run in any order: if all that
 they store goes to arguments, or to buffers of their own. (A kernel sums up in buffers of its own and never in its
 arguments, which makes that enough.) Such loops are nested as far as they go, and each step of the innermost is a
-thread; the last loop runs fastest, so neighbours touch neighbouring words. What stands one after the other inside of
-such a loop becomes kernels that run one after the other.
+thread; the last loop runs fastest, so neighbours touch neighbouring words. What stands one after the other, in such a
+loop or outside of all, becomes kernels that run one after the other, unless it hands on values in buffers of the
+kernel's own: then one thread does it all, as each row of a softmax, which is the whole kernel where there is one row.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ THREADS = 256  # of a block
 
 def spread(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """``kernel`` with its loops bound to blocks and threads, as one or more launches in order."""
-    views = [stmt for stmt in _parts(kernel.body) if isinstance(stmt, nodes.DeclBuffer)]
+    parts = _parts(kernel.body)
+    views = [stmt for stmt in parts if isinstance(stmt, nodes.DeclBuffer)]
     arguments = {*kernel.params, *(view.buffer for view in views)}
-    launches: list[tirx.Stmt] = []
-    for stmt in _parts(kernel.body)[len(views) :]:
-        launches += [nest.on_threads() for nest in _nests(stmt, _Nest((), (), stmt), arguments)]
-    statements = [*views, *launches]
-    return kernel.with_body(tirx.SeqStmt(statements) if len(statements) > 1 else statements[0])
+    work = _sequence(parts[len(views) :])
+    launches = [nest.on_threads() for nest in _nests(work, _Nest((), (), work), arguments)]
+    return kernel.with_body(_sequence([*views, *launches]))
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,10 @@ def _has_nest(stmt: tirx.Stmt | None, arguments: set[tirx.Buffer]) -> bool:
 
 def _parts(stmt: tirx.Stmt | None) -> list[tirx.Stmt]:
     return list(stmt) if isinstance(stmt, tirx.SeqStmt) else [stmt]
+
+
+def _sequence(parts: list[tirx.Stmt]) -> tirx.Stmt:
+    return tirx.SeqStmt(parts) if len(parts) > 1 else parts[0]
 
 
 def _stored(stmt: tirx.Stmt) -> set[tirx.Buffer]:

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from pumice.commands.common import Commands, add_command, terminal_width
+from pumice.commands.common import Commands, add_command
 
+_WHOLE = 1000  # columns: these names are there to be copied, so none is cut however narrow the terminal
 HEADINGS = ("target", "kernels", "CPU or GPU", "tuned for", "cores", "L1d", "L2", "L3")
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps([_described(name) for name in ("native", *_names())], indent=2))
         return
     rows = [HEADINGS, *(row(name) for name in _names())]
-    print("\n".join(format_table(rows, terminal_width(), {"target", "kernels", "CPU or GPU", "tuned for"})))
+    print("\n".join(format_table(rows, _WHOLE, {"target", "kernels", "CPU or GPU", "tuned for"})))
     print("\nnative is this machine; a GPU stands beside an x86 or, for sm_87, an ARM CPU, or as in sm_90@armv8-a")
 
 

@@ -142,6 +142,8 @@ static pumice_status check_buffers(const char *kind, const void *const *buffers,
     return PUMICE_OK;
 }
 
+#define START 0xcbf29ce484222325u
+
 /* FNV-1a over words instead of bytes, with the high half folded in; the last word is filled up with zeros. */
 static uint64_t checksum(uint64_t hash, const uint8_t *bytes, uint64_t count) {
     for (uint64_t at = 0; at < count; at += sizeof hash) {
@@ -213,7 +215,7 @@ static uint32_t writer_of(uint32_t output) {
 static pumice_status verify_step(pumice_instance *instance, void *const *outputs, void *result, uint32_t number,
                                  report to) {
     const model_step *step = &pumice_model.steps[number];
-    uint64_t hash = 0xcbf29ce484222325;
+    uint64_t hash = START;
     for (uint32_t j = step->first_result; j < step->end_of_results; j++) {
         const model_view *view = &pumice_model.results[j];
         const pumice_status status = device_read(instance->device, outputs, view, result, to);
@@ -226,12 +228,29 @@ static pumice_status verify_step(pumice_instance *instance, void *const *outputs
                 number, step->name, (ull)hash, (ull)step->checksum);
 }
 
+/* What the library holds, before any of it is used: a kernel that is given a damaged list would read anywhere. */
+static pumice_status verify_data(uint32_t *wrong, report to) {
+    const model_tables *model = &pumice_model;
+    for (uint32_t i = 0; i < model->piece_count; i++) {
+        const model_piece *piece = &model->pieces[i];
+        if (checksum(START, pumice_weights + piece->offset, piece->bytes) == piece->checksum) continue;
+        *wrong = piece->step;
+        return fail(to, PUMICE_DIFFERS, "the weights of step %u (%s) are damaged: copy or compile the library again",
+                    piece->step, model->steps[piece->step].name);
+    }
+    *wrong = 0;
+    if (checksum(START, pumice_check, model->check_bytes) == model->check_checksum) return PUMICE_OK;
+    return fail(to, PUMICE_DIFFERS, "the stored input is damaged: copy or compile the library again");
+}
+
 static pumice_status verify(pumice_instance *instance, void *const *outputs, void *result, uint32_t *wrong, report to) {
     const model_tables *model = &pumice_model;
+    pumice_status status = verify_data(wrong, to);
+    if (status != PUMICE_OK) return status;
     const void **inputs = calloc(model->input_count + 1, sizeof *inputs);
     if (!inputs) return fail(to, PUMICE_NO_MEMORY, "no memory is left to verify with");
     for (uint32_t i = 0; i < model->input_count; i++) inputs[i] = pumice_check + model->check[i];
-    pumice_status status = device_clear(instance->device, to);
+    status = device_clear(instance->device, to);
     for (*wrong = 0; status == PUMICE_OK && *wrong < model->step_count; ++*wrong) {
         status = device_run(instance->device, inputs, outputs, *wrong, *wrong + 1, to);
         if (status == PUMICE_OK && *wrong < model->exact_steps)

@@ -22,11 +22,18 @@ typedef struct {
     uint32_t first_result, end_of_results; /* of model.results */
 } model_step;
 
+/* Some of the weights, and the first step that reads them. */
 typedef struct {
-    uint32_t input_count, output_count, step_count, feature_count;
+    uint64_t offset, bytes, checksum;
+    uint32_t step;
+} model_piece;
+
+typedef struct {
+    uint32_t input_count, output_count, step_count, piece_count, feature_count;
     const pumice_tensor *inputs, *outputs;
     const model_step *steps;
     const model_view *results;
+    const model_piece *pieces;
     const char *const *features;  /* that the CPU must have, in /proc/cpuinfo's words */
     const char *target;           /* as the user called it */
     uint64_t workspace, scratch;  /* bytes; of scratch for each task */
@@ -34,6 +41,7 @@ typedef struct {
     double tolerance;             /* of float outputs after such a call, times the largest number of each */
     const uint64_t *check;        /* where in pumice_check each input lies, then each output unless all steps are exact;
                                      NULL: nothing is stored */
+    uint64_t check_bytes, check_checksum; /* of all that is stored there */
 } model_tables;
 
 extern const model_tables pumice_model;

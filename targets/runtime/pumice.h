@@ -94,8 +94,9 @@ PUMICE_API pumice_status pumice_run(pumice_instance *instance, const void *const
 PUMICE_API pumice_status pumice_run_steps(pumice_instance *instance, const void *const *inputs, void *const *outputs,
                                           uint32_t first, uint32_t last);
 
-/* Run the model on an input that it stores and compare what each step writes with what it wrote on the machine that
- * compiled it. On PUMICE_DIFFERS `*first_wrong_step`, unless NULL, is the first step with other numbers. Steps that call
+/* Compare the weights with what was compiled, then run the model on an input that it stores and compare what each step
+ * writes with what it wrote on the machine that compiled it. On PUMICE_DIFFERS `*first_wrong_step`, unless NULL, is the
+ * first step with other weights, or else with other numbers. Steps that call
  * functions of libm, which differ between systems, and those after them are compared by the model's outputs, within a
  * tolerance. This allocates memory and frees it again. */
 PUMICE_API pumice_status pumice_verify(pumice_instance *instance, uint32_t *first_wrong_step);

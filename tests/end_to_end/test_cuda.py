@@ -132,6 +132,30 @@ def test_a_transformer_is_exact_on_positions_that_fill_no_vectors(driver, tmp_pa
         np.testing.assert_array_equal(model(first["x"])["y0"], expected)
 
 
+@pytest.mark.parametrize("quantize", [True, False])
+def test_probabilities_of_one_example_are_a_row_without_a_loop(driver, tmp_path, quantize):
+    torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = torch.nn.Linear(16, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.linear(x.mean(1)), -1)
+
+    x = {"x": np.random.default_rng(0).standard_normal((2, 24, 16)).astype(np.float32)}
+    mod = read_model(Classifier().eval(), (torch.zeros(1, 24, 16),))
+    mod = prepare(mod, replace(QUICK, quantize=quantize), x if quantize else None, None, Stages(None))
+    first = {"x": x["x"][:1]}
+    emulated = emulated_library(mod, tmp_path / "model.so", first)
+    (expected,) = on_this_cpu(mod, [first])
+    with load(emulated.path) as model:
+        model.verify()
+        np.testing.assert_allclose(model(first["x"])["y0"], expected, 1e-5)
+
+
 def test_the_threads_of_a_gpu_add_floats_in_an_order_of_their_own(driver, tmp_path):
     """A float layer with one position: its numbers are right, but nothing promises the last bit."""
     torch = pytest.importorskip("torch", reason="the network is made by PyTorch: pip install torch")

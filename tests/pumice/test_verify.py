@@ -53,6 +53,7 @@ def damaged(library, folder, section, at, value):
     start = content.index(Elf.read(library).sections[section]) + at
     content[start : start + len(value)] = value
     path = folder / "damaged.so"
+    path.unlink(missing_ok=True)  # one that is mapped must not change
     path.write_bytes(content)
     return path
 
@@ -76,6 +77,17 @@ def test_a_damaged_weight_is_found_in_its_layer(library, plan, tmp_path, capsys,
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 6
     assert f"({layer})" in done.stderr
+
+
+def test_any_damage_of_the_data_is_found_before_it_is_used(library, plan, tmp_path):
+    """Lists of blocks say where to read: a kernel that was given a damaged one would read anywhere."""
+    stored = len(Elf.read(library).sections[".pumice.check"]) - 1
+    for section, size in ((".pumice.weights", plan.weights.nbytes), (".pumice.check", stored)):
+        for at in range(0, size, max(1, size // 25)):
+            byte = Elf.read(library).sections[section][at]
+            path = damaged(library, tmp_path, section, at, bytes([byte ^ 0x10]))
+            with pytest.raises(DifferenceError, match="damaged"):
+                pumice.load(path).verify()
 
 
 def test_a_damaged_constant_of_the_code_is_found(library, tmp_path):

@@ -66,6 +66,15 @@ def test_a_loop_that_no_thread_is_bound_to_is_refused():
         cuda_source({"f": emit.kernel("f", declare)})
 
 
+def test_what_tvm_cannot_lower_is_refused_by_its_name():
+    def call(x, y, thread):
+        T.evaluate(T.call_packed("elsewhere", thread))
+        T.buffer_store(y, x[thread], [thread])
+
+    with pytest.raises(UnsupportedError, match=r"'odd': TVM cannot make CUDA code of it .*tvm_call_packed"):
+        cuda_source({"fine": kernel(turned_around), "odd": kernel(call)})
+
+
 def test_arithmetic_is_not_fused_unless_it_is_said_so():
     x = np.linspace(1, 2, THREADS, dtype=np.float32) * np.float32(1 + 2**-12)
 

@@ -30,7 +30,7 @@ from pumice.targets.target import Target
 pytestmark = needs_gxx
 
 CUDA = isa("cuda")
-FUSED = {"matmul", "attention"}  # float products that LLVM adds with one rounding where it can
+FUSED = ("matmul", "dot_product", "attention")  # float products that LLVM adds with one rounding where it can
 PADDED, PLAIN, TOKENS = Geometry(2, 5, 7, 1, 1), Geometry(1, 9, 11), Geometry.of_tokens(19)
 STRIDED = Window((3, 3), (2, 2), (1, 1), (1, 1))
 HEADS = [Heads(72, TOKENS.positions, 19, 24 * i, 8) for i in range(3)]
@@ -72,6 +72,15 @@ def kernels() -> dict[str, tirx.PrimFunc]:
             Attention(1, 3, 8, 8, 0.3, *HEADS, Bias(20, 16, 1, 1, 1), True, Requantize(20.0, 99)),
         ),
     }
+    made |= {  # one row, one tile: no loop stands around the buffers
+        "dot_product": (matmul, Matmul(1, 1, 1, 7)),
+        "softmax_of_one": (softmax, Softmax(1, 37)),
+        "layer_norm_of_one": (layer_norm, LayerNorm(1, 37, 1e-5)),
+        "packed_norm_of_one": (packed_norm, PackedNorm(30, 1, 1, 1e-5, True, True, 3.0, 7)),
+        "mean_of_one": (global_average, GlobalAverage("uint8", 1, PLAIN, Geometry(1, 1, 1), 3, 0.01, 4)),
+        "float_mean_of_one": (global_average, GlobalAverage("float32", 1, PLAIN, Geometry(1, 1, 1), 0, 0.01)),
+        "attention_of_one": (attention, Attention(1, 1, 1, 8, 0.3, *(Heads(24, 1, 1, 8 * i, 8) for i in range(3)))),
+    }
     found = {name: make(work, CUDA) for name, (make, work) in made.items()}
     found["copy"] = copy(1000)
     for name in FUNCTIONS:
@@ -102,7 +111,7 @@ def arguments(name: str) -> tuple[list[np.ndarray], int]:
         is_float = dtype == "float32"
         array = draw.standard_normal(shape) * 3 if is_float else draw.integers(0, 9 if dtype == "int64" else 256, shape)
         found.append(array.astype(dtype))
-    outputs = 2 if name == "packed_norm" else 1
+    outputs = 2 if name.startswith("packed_norm") else 1
     for i in range(len(found) - outputs, len(found)):
         found[i] = garbage(found[i].shape, str(found[i].dtype))
     return found, outputs
@@ -117,7 +126,7 @@ def test_threads_give_what_loops_give(emulation, compiled, name):
         arrays = [array.copy() for array in given]
         emulation.run(name, *arrays, is_reversed=is_reversed)
         for array, other in zip(arrays[-outputs:], expected[-outputs:], strict=True):
-            if name in FUSED:
+            if name.startswith(FUSED):
                 np.testing.assert_allclose(array, other.numpy(), 1e-5, 1e-5)
             else:
                 np.testing.assert_array_equal(array, other.numpy())
@@ -136,3 +145,12 @@ def test_a_sum_is_not_torn_apart():
     """A loop that adds up into a buffer around it stays in one thread."""
     text = cuda_source({"mean": spread(KERNELS["mean"])}).text
     assert "for (int" in text.split("mean_kernel", 2)[2]
+
+
+def test_what_shares_a_buffer_is_not_torn_apart():
+    """Without a loop around it, as of one row, one thread does it all; else each thread has a row."""
+    for name, rows in (("softmax_of_one", 1), ("softmax", 5)):
+        source = cuda_source({name: spread(KERNELS[name])})
+        (launch,) = source.launches[name]
+        assert (launch.grid, launch.block) == ((1, 1, 1), (32, 1, 1))
+        assert f"< {rows})" in source.text
