@@ -155,10 +155,11 @@ def gpu_kernel(work: LayerWork, weight: Blocks) -> LayerKernel:
 
     Raises UnsupportedError where no tile of the reduction is small enough for a GPU's shared memory.
     """
-    found = [CudaLayer.of(weight.tiled(t.words), work.source_rows, work.places, t, work.epilogue)
-             for t in cuda_tilings(weight, work.places)]  # fmt: skip
-    layer = next((layer for layer in found if layer.fits), found[-1])
-    tiled = weight.tiled(layer.tiling.words)
+    for tiling in cuda_tilings(weight, work.places):
+        tiled = weight.tiled(tiling.words)
+        layer = CudaLayer.of(tiled, work.source_rows, work.places, tiling, work.epilogue)
+        if layer.fits:
+            break
     missing = weight.rows - len(work.numbers.bias)
     constants = cuda_constants(tiled, layer) | per_channel(work.numbers, lambda values: np.pad(values, (0, missing)))
     return LayerKernel(layer, _on_gpu, constants)

@@ -118,16 +118,7 @@ class _Emitter:
         with emit.loop(work.batch * work.heads * self.tiles, parallel) as unit:
             tile, head, batch = unit % self.tiles, unit // self.tiles % work.heads, unit // (self.tiles * work.heads)
             first = tile * smaller + tirx.min(tile, tirx.const(larger, "int32"))
-            if larger == 0:
-                self._tile(batch, head, first, smaller)
-            elif self.tiles == 1:
-                self._tile(batch, head, first, smaller + larger)
-            else:
-                with T.If(tile < larger):
-                    with T.Then():
-                        self._tile(batch, head, first, smaller + 1)
-                    with T.Else():
-                        self._tile(batch, head, first, smaller)
+            emit.either(tile < larger, larger, 1, lambda more: self._tile(batch, head, first, smaller + more))
             self._fill_rest(unit)
 
     def _fill_rest(self, unit: Expr) -> None:

@@ -178,14 +178,7 @@ class _Emitter:
         """``body(first vector, vectors)`` of a tile of positions; their widths differ by one at most."""
         smaller, larger = divmod(self.vectors, self.position_tiles)
         first = tile * smaller + tirx.min(tile, tirx.const(larger, "int32"))
-        if larger == 0:
-            body(first, smaller)
-            return
-        with T.If(tile < larger):
-            with T.Then():
-                body(first, smaller + 1)
-            with T.Else():
-                body(first, smaller)
+        emit.either(tile < larger, larger, 1, lambda more: body(first, smaller + more))
 
     def _unit(self, first_quad: Expr, quads: Expr, first: Expr, vectors: int) -> None:
         """A group of rows at ``vectors`` vectors of positions: the reduction tile by tile, the last one finishes."""

@@ -221,6 +221,22 @@ def convolve(
     return unpacked(y, target, n), y[:, is_padding(target)] if target.is_padded else y[:0]
 
 
+def conv_float(x: np.ndarray, weight: np.ndarray, window: Window) -> np.ndarray:
+    """float64, by the windows of the padded input."""
+    (ph, pw), (sh, sw), (dh, dw) = window.padding, window.stride, window.dilation
+    height, width = output_size(x.shape[2:], window)
+    around = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (ph, ph), (pw, pw)))
+    total = np.zeros((x.shape[0], weight.shape[0], height, width))
+    for i in range(window.kernel[0]):
+        for j in range(window.kernel[1]):
+            rows, columns = (
+                slice(i * dh, i * dh + sh * (height - 1) + 1, sh),
+                slice(j * dw, j * dw + sw * (width - 1) + 1, sw),
+            )
+            total += np.einsum("nc,bchw->bnhw", weight[:, :, i, j].astype(np.float64), around[:, :, rows, columns])
+    return total
+
+
 def fold_zero_point(weight: np.ndarray, bias_q: np.ndarray, zx: int) -> np.ndarray:
     """The bias that the kernel takes: the input's zero point folded in."""
     return (bias_q.astype(np.int64) - zx * weight.astype(np.int64).reshape(len(weight), -1).sum(axis=1)).astype(

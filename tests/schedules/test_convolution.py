@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernels import ALL_ISAS, RUNNABLE, convolve, fold_zero_point, output_size
+from kernels import ALL_ISAS, RUNNABLE, conv_float, convolve, fold_zero_point, output_size
 from reference import Residual as ReferenceResidual
 from reference import conv_accumulate, conv_int8, layer_float32
 
@@ -193,22 +193,6 @@ def test_float_is_close_to_the_definition(isa_name, seed, batch, channels, size,
     want = np.clip(want, *clamp)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.sqrt(weight[0].size) * 3)
     assert (margin == 0).all()
-
-
-def conv_float(x, weight, window):
-    """float64, by the windows of the padded input."""
-    (ph, pw), (sh, sw), (dh, dw) = window.padding, window.stride, window.dilation
-    height, width = output_size(x.shape[2:], window)
-    around = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (ph, ph), (pw, pw)))
-    total = np.zeros((x.shape[0], weight.shape[0], height, width))
-    for i in range(window.kernel[0]):
-        for j in range(window.kernel[1]):
-            rows, columns = (
-                slice(i * dh, i * dh + sh * (height - 1) + 1, sh),
-                slice(j * dw, j * dw + sw * (width - 1) + 1, sw),
-            )
-            total += np.einsum("nc,bchw->bnhw", weight[:, :, i, j].astype(np.float64), around[:, :, rows, columns])
-    return total
 
 
 # Metamorphic.

@@ -9,7 +9,7 @@ import reference
 from cuda_kernels import Case, run_cases
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernels import blocks_of, fold_zero_point, geometry_for, output_size
+from kernels import blocks_of, conv_float, fold_zero_point, geometry_for, output_size
 from reference import Residual as ReferenceResidual
 from reference import conv_accumulate, conv_int8, layer_float32
 
@@ -209,19 +209,6 @@ def test_float_is_close_to_the_definition(cases):
         want = np.clip(want + (0 if case.residual is None else case.residual), case.epilogue.low, case.epilogue.high)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.sqrt(case.weight[0].size) * 3)
         assert (padding == 0).all()
-
-
-def conv_float(x, weight, window):
-    """float64, by the windows of the padded input."""
-    (ph, pw), (sh, sw), (dh, dw) = window.padding, window.stride, window.dilation
-    height, width = output_size(x.shape[2:], window)
-    around = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (ph, ph), (pw, pw)))
-    total = np.zeros((x.shape[0], weight.shape[0], height, width))
-    for i in range(window.kernel[0]):
-        for j in range(window.kernel[1]):
-            seen = around[:, :, i * dh : i * dh + sh * height : sh, j * dw : j * dw + sw * width : sw]
-            total += np.einsum("nc,bchw->bnhw", weight[:, :, i, j].astype(np.float64), seen[:, :, :height, :width])
-    return total
 
 
 # The search space.
