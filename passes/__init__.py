@@ -17,12 +17,13 @@ from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
 from pumice.passes.layer_error import RecordLayerErrors
 from pumice.passes.lower_packed import LowerPacked
 from pumice.passes.prune import Prune
-from pumice.passes.prune_spec import PruneSpec
+from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, parse_prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.remove_identities import RemoveIdentities
 from pumice.passes.simplify import SimplifyModel, simplification_passes
 from pumice.passes.sink_below_dequantize import SinkBelowDequantize
+from pumice.passes.smooth_activations import SmoothActivations
 from pumice.passes.sparsity import RecordLayers
 from pumice.passes.weights import AdoptWeights, BindWeights
 
@@ -36,6 +37,7 @@ __all__ = [
     "CanonicalizeLinear",
     "CorrectBias",
     "EqualizeChannels",
+    "Filters",
     "FoldBatchNorm",
     "FoldConstants",
     "FoldMasks",
@@ -43,7 +45,10 @@ __all__ = [
     "FuseGelu",
     "FuseLayerNorm",
     "FuseRMSNorm",
+    "Heads",
     "LowerPacked",
+    "Magnitude",
+    "NearZero",
     "NoPrunedWeightCameBack",
     "Prune",
     "PruneSpec",
@@ -54,6 +59,10 @@ __all__ = [
     "RemoveIdentities",
     "SimplifyModel",
     "SinkBelowDequantize",
+    "SmoothActivations",
+    "SparseGPT",
+    "Wanda",
+    "parse_prune",
     "plan_quantization",
     "read_calibration",
     "simplification_passes",

@@ -1,8 +1,8 @@
-"""A compiler pass that prunes weights by magnitude: the smallest blocks become zero."""
+"""A compiler pass that makes weights zero, by any method that ``prune_spec`` names; the network keeps its shape."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tvm
@@ -10,77 +10,160 @@ from tvm.ir import IRModule
 
 from pumice.errors import ModelError, UsageError
 from pumice.module import source_of, weights_of, with_layers, with_weights
+from pumice.passes.allocate import allocate
+from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
-from pumice.passes.prune_spec import BLOCKS, PruneSpec
+from pumice.passes.patterns import Pattern
+from pumice.passes.prune_rows import prune_rows
+from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, check_globs, parse_prune
+from pumice.passes.segments import segments
 from pumice.passes.sparsity import describe, is_depthwise
+from pumice.passes.statistics import Moments, input_moments
+
+Progress = Callable[[int, int], None]
 
 
 @tvm.transform.module_pass(opt_level=0, name="pumice.Prune")
 class Prune:
-    """``w -> w`` with its smallest blocks zero, as many as ``PruneSpec`` says (Han et al., arXiv:1506.02626).
+    """``w -> w'`` with as many zeros, in the pattern, as the specification says; see ``prune_spec`` for the methods.
 
-    With an amount, ``round(amount * blocks)`` blocks are zero afterwards, of each layer or of all together; what
-    is zero already counts, and stays zero. With N:M, the N largest of any M neighbouring input channels stay
-    (Mishra et al., arXiv:2104.08378). Of equals the first goes. Where a channel count is no multiple of the
+    With an amount, ``round(amount * units)`` units are zero afterwards, of each layer or spread by the allocation; what
+    is zero already counts, and stays zero. Of equals the first goes. Where a channel count is no multiple of the
     block, the last block is shorter. int8 weights are compared by the value that they stand for.
 
-    Left alone, with the reason in the layer's notes: layers that ``keep`` names, and depthwise convolutions when
-    the pattern needs neighbouring input channels. Raises UsageError where ``keep`` names no layer, ModelError for
-    a weight that is not finite.
+    ``samples`` (as for ``Calibrate``) are what wanda, sparsegpt and the allocation ``sensitivity`` look at. These
+    prune block by block of the network, each on what the pruned blocks before it give; ``progress(done, total)`` hears
+    of each sample that was run.
+
+    Left alone, with the reason in the layer's notes: layers that ``keep`` or ``only`` exclude, depthwise convolutions
+    when the pattern needs neighbouring input channels, and layers whose inputs or float weights a method needs and does
+    not have. Raises UsageError where ``keep`` or ``only`` names no layer or samples are missing, ModelError for a
+    weight that is not finite.
     """
 
-    def __init__(self, spec: PruneSpec | str) -> None:
-        self.spec = PruneSpec.parse(spec) if isinstance(spec, str) else spec
+    def __init__(
+        self,
+        spec: PruneSpec | str,
+        samples: Mapping[str, np.ndarray] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Raises UsageError for a specification that is none, or one that takes out whole channels."""
+        self.spec = parse_prune(spec) if isinstance(spec, str) else spec
+        if not isinstance(self.spec, Magnitude | NearZero | Wanda | SparseGPT):
+            raise UsageError(f"{self.spec} changes the network's shape, which Prune does not")
+        self.samples = samples
+        self.progress = progress
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Prune, and record for each layer what happened."""
-        weights = dict(weights_of(mod))
+        spec = self.spec
+        weights = weights_of(mod)
         layers = [layer for layer in find_layers(mod) if layer.weight.name in weights]
-        notes = _kept_layers(layers, self.spec, source_of(mod))
+        notes = _left_alone(mod, layers, spec)
         # A weight that two layers share is pruned once, and not at all if one of them keeps it.
         kept = {layer.weight.name for layer in layers if layer.name in notes}
         chosen = {layer.weight.name: layer for layer in layers if layer.weight.name not in kept}
         before = describe(mod)
-        pruned = _pruned({name: (layer, _values(layer, weights, mod)) for name, layer in chosen.items()}, self.spec)
-        changed = set()
-        for name, zero in pruned.items():
-            rows = chosen[name].to_rows(weights[name])
-            if (rows[zero] != 0).any():
-                weights[name] = chosen[name].from_rows(np.where(zero, np.zeros((), rows.dtype), rows))
-                changed.add(name)
-        mod = with_weights(mod, weights)
-        records = describe(with_layers(mod, before))
+        if needs_samples(spec) and chosen and self.samples is None:
+            raise UsageError(
+                f"{source_of(mod)}: {spec} looks at the inputs of each layer, so it needs calibration data; give some, "
+                "or prune by magnitude"
+            )
+        pruned = _prune(mod, list(chosen.values()), spec, self.samples, self.progress)
+        changed = {name for name in chosen if not np.array_equal(weights[name], weights_of(pruned)[name])}
+        records = describe(with_layers(pruned, before))
         for layer in layers:
             record = records[layer.name]
             if layer.weight.name in changed:
                 earlier = before[layer.name].pruned_by
-                record.pruned_by = f"{earlier}, then {self.spec}" if earlier else str(self.spec)
+                record.pruned_by = f"{earlier}, then {spec}" if earlier else str(spec)
             if layer.name in notes and notes[layer.name] not in record.notes:
                 record.notes.append(notes[layer.name])
-        return with_layers(mod, records)
+        return with_layers(pruned, records)
 
 
-def _kept_layers(layers: list[Layer], spec: PruneSpec, source: str) -> dict[str, str]:
+def needs_samples(spec: PruneSpec) -> bool:
+    """Whether a specification that ``Prune`` takes cannot be carried out without calibration data."""
+    return isinstance(spec, Wanda | SparseGPT) or (isinstance(spec, Magnitude) and spec.allocation == "sensitivity")
+
+
+def _left_alone(mod: IRModule, layers: list[Layer], spec: PruneSpec) -> dict[str, str]:
     """Why each layer that is left alone is."""
-    for glob in spec.keep:
-        if not any(fnmatchcase(name, glob) for layer in layers for name in (layer.name, layer.weight.name)):
-            names = ", ".join(layer.name for layer in layers[:8])
-            raise UsageError(f"keep={glob} names no layer of {source}; its layers are {names}, ...")
+    check_globs(spec, [(layer.name, layer.weight.name) for layer in layers], source_of(mod))
+    computed = Dataflow(mod).activations
+    pattern = getattr(spec, "pattern", Pattern())
     notes = {}
-    needs_neighbours = spec.group is not None or BLOCKS[spec.pattern][1] > 1
     for layer in layers:
         kept_by = spec.keeps(layer.name, layer.weight.name)
         if kept_by is not None:
-            notes[layer.name] = f"not pruned: keep={kept_by}"
-        elif needs_neighbours and is_depthwise(layer):
+            notes[layer.name] = f"not pruned: {kept_by}"
+        elif pattern.needs_neighbours and is_depthwise(layer):
             notes[layer.name] = (
-                f"not pruned: depthwise, each output channel reads one input channel, so there is no {spec.pattern}"
+                f"not pruned: depthwise, each output channel reads one input channel, so there is no {pattern}"
+            )
+        elif needs_samples(spec) and layer.data not in computed:
+            notes[layer.name] = f"not pruned: its data is a constant, of which {spec.method} has no samples"
+        elif isinstance(spec, SparseGPT) and layer.weight_scale is not None:
+            notes[layer.name] = (
+                "not pruned: its weight is int8 already, and sparsegpt changes the weights that are left"
             )
     return notes
 
 
-def _values(layer: Layer, weights: dict[str, np.ndarray], mod: IRModule) -> np.ndarray:
+def _prune(
+    mod: IRModule,
+    layers: list[Layer],
+    spec: PruneSpec,
+    samples: Mapping[str, np.ndarray] | None,
+    progress: Progress | None,
+) -> IRModule:
+    """``mod`` with the weights of ``layers`` pruned."""
+    values = {layer.name: _values(layer, mod) for layer in layers}
+    if isinstance(spec, NearZero) or not needs_samples(spec) or samples is None:
+        amounts = {} if isinstance(spec, NearZero) else allocate(spec, values, {})  # type: ignore[arg-type]
+        return _with_pruned(mod, layers, values, spec, amounts, {})
+    moments: dict[str, Moments] = {}
+    if spec.allocation in ("global", "sensitivity"):  # type: ignore[attr-defined]
+        moments = input_moments(mod, samples, layers, progress=progress)
+    amounts = allocate(spec, values, moments)  # type: ignore[arg-type]
+    if isinstance(spec, Magnitude):
+        return _with_pruned(mod, layers, values, spec, amounts, {})
+    for stage in _stages(mod, layers):
+        now = [layer for layer in find_layers(mod) if layer.name in stage]
+        found = input_moments(mod, samples, now, progress=progress)
+        mod = _with_pruned(mod, now, values, spec, amounts, found)
+    return mod
+
+
+def _stages(mod: IRModule, layers: Sequence[Layer]) -> list[set[str]]:
+    """The layers to prune, by name, block by block of the network."""
+    names = {layer.name for layer in layers}
+    stages = [{layer.name for layer in segment.layers} & names for segment in segments(mod)]
+    return [stage for stage in stages if stage]
+
+
+def _with_pruned(
+    mod: IRModule,
+    layers: list[Layer],
+    values: Mapping[str, np.ndarray],
+    spec: PruneSpec,
+    amounts: Mapping[str, float],
+    moments: Mapping[str, Moments],
+) -> IRModule:
+    weights = dict(weights_of(mod))
+    for layer in layers:
+        stored = layer.to_rows(weights[layer.weight.name])
+        pruned = prune_rows(values[layer.name], spec, amounts.get(layer.name, 0.0), moments.get(layer.name))
+        if pruned.dtype != stored.dtype or not isinstance(spec, SparseGPT):
+            pruned = np.where(pruned == 0, np.zeros((), stored.dtype), stored)  # int8 stays int8
+        if not np.array_equal(pruned, stored):
+            weights[layer.weight.name] = layer.from_rows(pruned)
+    return with_weights(mod, weights)
+
+
+def _values(layer: Layer, mod: IRModule) -> np.ndarray:
     """The weight's real values as rows; raises ModelError where one is not finite."""
+    weights = weights_of(mod)
     rows = layer.to_rows(weights[layer.weight.name])
     if not np.issubdtype(rows.dtype, np.floating):
         rows = rows.astype(np.float32)
@@ -94,56 +177,3 @@ def _values(layer: Layer, weights: dict[str, np.ndarray], mod: IRModule) -> np.n
             "magnitude to prune by; the checkpoint is damaged"
         )
     return rows
-
-
-def _pruned(values: dict[str, tuple[Layer, np.ndarray]], spec: PruneSpec) -> dict[str, np.ndarray]:
-    """Which weights are to be zero, by weight, as rows of booleans."""
-    if spec.group is not None:
-        return {name: _group_zeros(rows, *spec.group) for name, (_, rows) in values.items()}
-    height, width = BLOCKS[spec.pattern]
-    scores = {name: _block_scores(rows, height, width, spec.norm) for name, (_, rows) in values.items()}
-    if spec.everywhere and scores:
-        chosen = _smallest(np.concatenate([s.ravel() for s in scores.values()]), spec.amount)
-        ends = np.cumsum([s.size for s in scores.values()])
-        parts = np.split(chosen, ends[:-1])
-    else:
-        parts = [_smallest(s.ravel(), spec.amount) for s in scores.values()]
-    zeros = {}
-    for (name, score), part in zip(scores.items(), parts, strict=True):
-        n, _, c = values[name][1].shape
-        blocks = part.reshape(score.shape)
-        zeros[name] = blocks.repeat(height, axis=0).repeat(width, axis=2)[:n, :, :c]
-    return zeros
-
-
-def _block_scores(rows: np.ndarray, height: int, width: int, norm: str) -> np.ndarray:
-    """The norm of each block, ``[ceil(N / height), taps, ceil(C / width)]``: what the model loses with it."""
-    score = np.abs(rows).astype(np.float64)
-    if norm == "l2":
-        score = score**2  # of sums only the order counts, and the root would not change it
-    score = np.add.reduceat(score, np.arange(0, score.shape[0], height), axis=0) if height > 1 else score
-    return np.asarray(np.add.reduceat(score, np.arange(0, score.shape[2], width), axis=2) if width > 1 else score)
-
-
-def _smallest(scores: np.ndarray, amount: float) -> np.ndarray:
-    """Which ``round(amount * size)`` scores are smallest; of equals the first, on every machine."""
-    count = round(amount * scores.size)
-    if count == 0:
-        return np.zeros(scores.shape, bool)
-    limit = np.partition(scores, count - 1)[count - 1]
-    chosen: np.ndarray = scores < limit
-    chosen[np.flatnonzero(scores == limit)[: count - int(chosen.sum())]] = True
-    return chosen
-
-
-def _group_zeros(rows: np.ndarray, n: int, m: int) -> np.ndarray:
-    """All but the N largest of each M neighbours; a last group that is shorter keeps N too."""
-    channels = rows.shape[2]
-    # Padding smaller than any weight goes first.
-    short = -channels % m
-    padded = np.pad(np.abs(rows), ((0, 0), (0, 0), (0, short)), constant_values=-1)
-    groups = padded.reshape(*rows.shape[:2], -1, m)
-    order = np.argsort(groups, axis=-1, kind="stable")
-    zero = np.zeros(groups.shape, bool)
-    np.put_along_axis(zero, order[..., : m - n], True, axis=-1)
-    return zero.reshape(*rows.shape[:2], -1)[:, :, :channels]

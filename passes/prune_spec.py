@@ -1,102 +1,288 @@
-"""What to prune, as text: the grammar of ``--prune``."""
+"""What to prune and how, as data and as text: the grammar of ``--prune`` and of recipes.
+
+    spec     = method { ":" field } { ":" option }
+    magnitude:PATTERN:AMOUNT     the smallest weights go
+    wanda:PATTERN:AMOUNT         the smallest weights times the size of their inputs
+    sparsegpt:PATTERN:AMOUNT     those whose loss the other weights make up for best, and they do
+    near-zero:PATTERN:THRESHOLD  all that is no larger than the threshold
+    filters:AMOUNT               output channels are taken out of the network
+    heads:AMOUNT                 attention heads are taken out of the network
+
+PATTERN is ``unstructured``, a block of output x input channels (``1x4``, ``4x1``, ``2x4``, ``4x4``, ``16x4``), or N:M,
+which says its AMOUNT itself. AMOUNT, from 0 to 1, is the share of units that are zero (or gone) afterwards.
+Every spec takes ``keep=GLOB,GLOB`` (layers left alone) and ``only=GLOB,GLOB`` (no layer but these), by layer or weight
+name. The other options are the fields of the classes below: one that is a choice or a flag is named by itself
+(``erk``, ``relative``), another as ``name=value`` (``norm=l2``).
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from typing import Any, ClassVar
 
 from pumice.errors import UsageError
+from pumice.passes.patterns import KNOWN, Pattern
 
-BLOCKS = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "4x4": (4, 4)}  # output x input channels
-_FORM = (
-    "write magnitude:PATTERN:AMOUNT with PATTERN unstructured, 1x4, 4x1 or 4x4 and AMOUNT from 0 to 1, or "
-    "magnitude:N:M with N < M, then any of :global, :norm=l1, :norm=l2, :keep=NAME*,NAME*; "
-    "for example magnitude:1x4:0.9:keep=head*"
-)
+ALLOCATIONS = ("uniform", "global", "erk", "sensitivity")
+EXAMPLES = "magnitude:1x4:0.9:keep=head*, sparsegpt:2:4, near-zero:unstructured:1e-3, filters:0.3"
 
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """How ``Prune`` chooses what to remove; ``parse`` and ``str`` turn text into it and back.
+    """What every method has: which layers. ``str`` gives the text that ``parse_prune`` reads back."""
 
-    Grammar::
+    method: ClassVar[str] = ""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # fields whose value stands alone as an option, by name
 
-        spec    = "magnitude:" what { ":" option }
-        what    = pattern ":" amount      amount: the share of blocks that are zero afterwards, 0 to 1
-                | N ":" M                 of M neighbouring input channels the N largest stay
-        pattern = "unstructured" | "1x4" | "4x1" | "4x4"     output x input channels at one kernel position
-        option  = "global"                rank the blocks of all layers together, not layer by layer
-                | "norm=l1" | "norm=l2"   what makes a block large: sum of |w| (the default), or of w squared
-                | "keep=" glob { "," glob }   layers left alone, by layer or weight name
-
-    Examples: ``magnitude:1x4:0.9``, ``magnitude:unstructured:0.8:global``, ``magnitude:2:4``,
-    ``magnitude:4x1:0.5:norm=l2:keep=head*,stem*``.
-    """
-
-    pattern: str
-    amount: float = 0.0  # unused for N:M, where the pattern says it
-    everywhere: bool = False  # one ranking for all layers
-    norm: str = "l1"
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse what ``Prune`` could not carry out."""
-        if self.pattern not in BLOCKS and self.group is None:
-            raise UsageError(f"pruning pattern {self.pattern!r} is not known; {_FORM}")
-        if not 0 <= self.amount <= 1:
-            raise UsageError(f"pruning amount {self.amount:g} is not between 0 and 1; {_FORM}")
-        if self.norm not in ("l1", "l2"):
-            raise UsageError(f"norm {self.norm!r} is not l1 or l2; {_FORM}")
-        if self.everywhere and self.group is not None:
-            raise UsageError(f"{self.pattern} removes the same share everywhere, so it cannot be global; {_FORM}")
-
-    @property
-    def group(self) -> tuple[int, int] | None:
-        """N and M of an N:M pattern."""
-        match = re.fullmatch(r"(\d{1,3}):(\d{1,3})", self.pattern)
-        n, m = (int(match[1]), int(match[2])) if match else (0, 0)
-        return (n, m) if 0 < n < m else None
+    keep: tuple[str, ...] = field(default=(), kw_only=True)  # layers left alone
+    only: tuple[str, ...] = field(default=(), kw_only=True)  # no layer but these; all if empty
 
     def keeps(self, *names: str) -> str | None:
-        """The first pattern of ``keep`` that one of the names matches."""
-        return next((glob for glob in self.keep if any(fnmatchcase(name, glob) for name in names)), None)
-
-    @classmethod
-    def parse(cls, text: str) -> PruneSpec:
-        """Read the grammar above; raises UsageError, which shows the right form."""
-        method, *fields = text.strip().split(":")
-        if method != "magnitude" or len(fields) < 2:
-            raise UsageError(f"pruning {text!r} is not understood; {_FORM}")
-        first, second, *options = fields
-        if first in BLOCKS:
-            pattern, amount = first, _amount(second, text)
-        else:
-            pattern, amount = f"{first}:{second}", 0.0
-        named: dict[str, str] = {}
-        for option in options:
-            key, _, value = option.partition("=")
-            if key in named or (key, bool(value)) not in (("global", False), ("norm", True), ("keep", True)):
-                raise UsageError(f"option {option!r} of pruning {text!r} is not understood; {_FORM}")
-            named[key] = value
-        keep = tuple(glob for glob in named.get("keep", "").split(",") if glob)
-        return cls(pattern, amount, "global" in named, named.get("norm", "l1"), keep)
+        """The pattern by which a layer with these names is left alone; None where it is pruned."""
+        if self.only and not any(_matches(glob, names) for glob in self.only):
+            return f"only={','.join(self.only)}"
+        glob = next((glob for glob in self.keep if _matches(glob, names)), None)
+        return None if glob is None else f"keep={glob}"
 
     def __str__(self) -> str:
-        """The text that ``parse`` reads back."""
-        parts = ["magnitude", self.pattern]
-        if self.group is None:
-            parts.append(repr(self.amount))
-        if self.everywhere:
-            parts.append("global")
-        if self.norm != "l1":
-            parts.append(f"norm={self.norm}")
-        if self.keep:
-            parts.append("keep=" + ",".join(self.keep))
+        parts = [self.method]
+        for each in sorted(fields(self), key=lambda each: each.kw_only):
+            value = getattr(self, each.name)
+            if each.name in _POSITIONAL:
+                skipped = each.name == "amount" and getattr(self, "pattern", Pattern()).amount is not None
+                parts += [] if skipped else [_text(value)]
+            elif value != each.default:
+                parts.append(self._option(each.name, value))
         return ":".join(parts)
 
+    def _option(self, name: str, value: Any) -> str:
+        if name in self.choices:
+            return str(value)
+        if value is True:
+            return name
+        return f"{name}={','.join(value) if isinstance(value, tuple) else _text(value)}"
 
-def _amount(text: str, whole: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+([eE]-?\d+)?|\d+\.", text):
-        raise UsageError(f"amount {text!r} of pruning {whole!r} is not a number; {_FORM}")
-    return float(text)
+
+@dataclass(frozen=True)
+class _PatternSpec(PruneSpec):
+    """A share of the units of a pattern.
+
+    ``allocation`` says how the share is spread over the layers: ``uniform``; ``global``, one ranking of all units;
+    ``erk``, fewer zeros where a layer is narrow (Erdos-Renyi-kernel, Evci et al., arXiv:1911.11134); ``sensitivity``,
+    fewer where the layer's output suffers more, by calibration data. N:M is uniform.
+    """
+
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"allocation": ALLOCATIONS}
+
+    pattern: Pattern
+    amount: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be carried out; N:M gives the amount."""
+        if self.pattern.amount is not None:
+            object.__setattr__(self, "amount", self.pattern.amount)
+            if getattr(self, "allocation", "uniform") != "uniform":
+                raise UsageError(f"{self.pattern} removes the same share everywhere, so it cannot be spread otherwise")
+        _check_share("pruning amount", self.amount)
+
+
+@dataclass(frozen=True)
+class Magnitude(_PatternSpec):
+    """The units with the smallest weights go (Han et al., arXiv:1506.02626).
+
+    ``norm`` is what makes a unit small: ``l1``, the sum of |w|, or ``l2``, of w squared.
+    """
+
+    method: ClassVar[str] = "magnitude"
+
+    allocation: str = "uniform"
+    norm: str = "l1"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self.norm, ("l1", "l2"), "norm")
+
+
+@dataclass(frozen=True)
+class NearZero(PruneSpec):
+    """Every unit goes whose largest weight is no larger than ``threshold``.
+
+    ``relative`` takes the threshold times the root mean square of the layer's weights in place of a plain number.
+    """
+
+    method: ClassVar[str] = "near-zero"
+
+    pattern: Pattern
+    threshold: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pattern.group is not None:
+            raise UsageError(f"a threshold decides how much goes, and {self.pattern} does too: give blocks")
+        if not 0 <= self.threshold < float("inf"):
+            raise UsageError(f"the threshold {self.threshold:g} is not a size that weights can have")
+
+
+@dataclass(frozen=True)
+class Wanda(_PatternSpec):
+    """The units with the smallest |w| times the norm of their inputs go, row by row (Sun et al., arXiv:2306.11695).
+
+    Row by row as in the paper where a unit lies in one row; blocks of several rows, and other allocations than
+    ``uniform``, rank the whole layer.
+    """
+
+    method: ClassVar[str] = "wanda"
+
+    allocation: str = "uniform"
+
+
+@dataclass(frozen=True)
+class SparseGPT(_PatternSpec):
+    """The units whose loss the others make up for best go, and they do (Frantar and Alistarh, arXiv:2301.00774).
+
+    ``damping`` is what is added to the diagonal of the inputs' second moments, as a share of its mean. ``refits``
+    counts the rounds that choose again with the weights refitted, and end in the least squares solution for the
+    zeros chosen; 0 is the one pass of the paper.
+    """
+
+    method: ClassVar[str] = "sparsegpt"
+
+    allocation: str = "uniform"
+    damping: float = 0.01
+    refits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.damping < float("inf"):
+            raise UsageError(f"damping={self.damping:g} of sparsegpt is not above 0")
+        if not 0 <= self.refits <= 100:
+            raise UsageError(f"refits={self.refits} of sparsegpt is not between 0 and 100")
+
+
+@dataclass(frozen=True)
+class Filters(PruneSpec):
+    """Output channels are taken out, with all that only they feed.
+
+    ``by`` ranks them: ``l1`` or ``l2`` norm of the filter (arXiv:1608.08710), ``norm-scale``, batch norm's
+    (arXiv:1708.06519), or ``activation`` over calibration data. ``everywhere`` ranks all groups of channels
+    together. What is left of a group is a multiple of ``multiple``.
+    """
+
+    method: ClassVar[str] = "filters"
+
+    amount: float
+    by: str = "l1"
+    everywhere: bool = False
+    multiple: int = 4
+
+    def __post_init__(self) -> None:
+        _check_share("share of filters", self.amount)
+        _check_choice(self.by, ("l1", "l2", "norm-scale", "activation"), "by")
+        if self.multiple < 1:
+            raise UsageError(f"multiple={self.multiple} of filters is not at least 1")
+
+
+@dataclass(frozen=True)
+class Heads(PruneSpec):
+    """Attention heads are taken out (Michel et al., arXiv:1905.10650): of each layer that share, at least one stays."""
+
+    method: ClassVar[str] = "heads"
+
+    amount: float
+
+    def __post_init__(self) -> None:
+        _check_share("share of heads", self.amount)
+
+
+METHODS: dict[str, type[PruneSpec]] = {
+    spec.method: spec for spec in (Magnitude, Wanda, SparseGPT, NearZero, Filters, Heads)
+}
+_POSITIONAL = ("pattern", "amount", "threshold")
+_NUMBER = re.compile(r"\d*\.?\d+([eE]-?\d+)?|\d+\.")
+
+
+def parse_prune(text: str) -> PruneSpec:
+    """Read the grammar above; raises UsageError, which shows examples of the right form."""
+    method, *parts = text.strip().split(":")
+    if method not in METHODS:
+        raise UsageError(f"pruning {text!r} is not understood: the methods are {', '.join(METHODS)}; {_form()}")
+    kind = METHODS[method]
+    known = {each.name for each in fields(kind)}
+    values: dict[str, Any] = {}
+    if "pattern" in known:
+        values["pattern"], parts = _pattern(parts, text)
+    size = "threshold" if "threshold" in known else "amount"
+    if values.get("pattern", Pattern()).amount is None:
+        if not parts or not _NUMBER.fullmatch(parts[0]):
+            raise UsageError(f"pruning {text!r} has no {size}, a number, where it should be; {_form()}")
+        values[size] = float(parts.pop(0))
+    for option in parts:
+        name, value = _read_option(kind, option, text)
+        if name in values:
+            raise UsageError(f"option {option!r} of pruning {text!r} says {name} a second time; {_form()}")
+        values[name] = value
+    return kind(**values)
+
+
+def check_globs(spec: PruneSpec, layers: Sequence[tuple[str, ...]], source: str) -> None:
+    """Raise UsageError where ``keep`` or ``only`` names none of the ``layers`` (their names): it would be a slip."""
+    for option in ("keep", "only"):
+        for glob in getattr(spec, option):
+            if not any(_matches(glob, names) for names in layers):
+                known = ", ".join(names[0] for names in layers[:8])
+                raise UsageError(f"{option}={glob} names no layer of {source}; its layers are {known}, ...")
+
+
+def _pattern(parts: list[str], text: str) -> tuple[Pattern, list[str]]:
+    """The pattern in front, which is one part or, as in 2:4, two."""
+    if parts and parts[0].isdecimal() and len(parts) > 1:
+        return Pattern.parse(":".join(parts[:2])), parts[2:]
+    if not parts or not (parts[0] == "unstructured" or "x" in parts[0]):
+        raise UsageError(f"pruning {text!r} has no pattern where it should be: {KNOWN}; {_form()}")
+    return Pattern.parse(parts[0]), parts[1:]
+
+
+def _read_option(kind: type[PruneSpec], option: str, text: str) -> tuple[str, Any]:
+    name, equals, value = option.partition("=")
+    for field_name, choices in kind.choices.items():
+        if option in choices:
+            return field_name, option
+    types = {each.name: each.type for each in fields(kind) if each.name not in (*_POSITIONAL, *kind.choices)}
+    wanted = types.get(name)
+    if wanted == "bool" and not equals:
+        return name, True
+    if wanted == "str" and value:
+        return name, value
+    if wanted == "int" and value.isdecimal():
+        return name, int(value)
+    if wanted == "float" and _NUMBER.fullmatch(value):
+        return name, float(value)
+    globs = tuple(glob for glob in value.split(",") if glob)
+    if str(wanted).startswith("tuple") and globs:
+        return name, globs
+    raise UsageError(f"option {option!r} of pruning {text!r} is not understood; {_form()}")
+
+
+def _matches(glob: str, names: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
+
+
+def _check_share(what: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f"{what} {value:g} is not between 0 and 1; {_form()}")
+
+
+def _check_choice(value: str, known: tuple[str, ...], what: str) -> None:
+    if value not in known:
+        raise UsageError(f"{what} {value!r} is not {' or '.join(known)}; {_form()}")
+
+
+def _form() -> str:
+    return f"for example {EXAMPLES}"
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)

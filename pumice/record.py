@@ -20,7 +20,7 @@ class LayerRecord:
     macs: int = 0  # multiply-adds counted as if dense, for the whole input
     source_bytes: int = 0  # weight and bias in the source's data type
 
-    pattern: str = "dense"  # of the zeros: dense, unstructured, 1x4, 4x1, 4x4, N:M
+    pattern: str = "dense"  # of the zeros: dense, unstructured, 1x4, 4x1, 2x4, 4x4, 16x4, N:M
     sparsity: float = 0.0  # share of zero weights
     block_sparsity: float = 0.0  # share of 1x4 blocks that are all zero
     pruned_by: str = ""  # where the zeros come from: mask in the model, side file, magnitude, zeros found
@@ -34,6 +34,8 @@ class LayerRecord:
     kernel: str = ""  # e.g. "sparse 1x4 vnni512 8x1", "dense vnni512 4x4", "tvm"
     compiled_bytes: int = 0  # weights, indices, bias and scales as stored
     snr_db: float | None = None  # of the layer's output against float, over calibration data
+    # Noise over signal of the output, for this layer alone on exact inputs: what pruning, weights, activations bring.
+    noise: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     notes: list[str] = field(default_factory=list)
 

@@ -8,7 +8,9 @@ from tvm.script import relax as R
 
 from pumice.errors import ModelError, UsageError
 from pumice.module import layers_of, weights_of
-from pumice.passes import Prune, PruneSpec
+from pumice.passes import Prune
+from pumice.passes.patterns import Pattern
+from pumice.passes.prune_spec import Magnitude
 
 
 @I.ir_module
@@ -50,7 +52,7 @@ def zero_count(parts):
     return sum(not part.any() for part in parts)
 
 
-SIZES = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "4x4": (4, 4)}
+SIZES = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "2x4": (2, 4), "4x4": (4, 4), "16x4": (16, 4)}
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -59,7 +61,7 @@ SIZES = {"unstructured": (1, 1), "1x4": (1, 4), "4x1": (4, 1), "4x4": (4, 4)}
 @given(amount=st.floats(0, 1))
 def test_exactly_the_asked_share_of_the_smallest_blocks_goes(pattern, norm, amount):
     before = scripted(Network)
-    after = Prune(PruneSpec(pattern, amount, norm=norm))(before)
+    after = Prune(Magnitude(Pattern.parse(pattern), amount, norm=norm))(before)
     for name in ("stem.weight", "head.weight"):
         old, new = (blocks(rows(mod, name), *SIZES[pattern]) for mod in (before, after))
         assert zero_count(new) == round(amount * len(old))
@@ -182,39 +184,6 @@ def test_a_weight_that_is_not_finite_is_refused():
 def test_a_keep_that_names_no_layer_is_refused():
     with pytest.raises(UsageError, match=r"keep=hat\* names no layer of scripted; its layers are stem, dw, head"):
         Prune("magnitude:1x4:0.5:keep=hat*")(scripted(Network))
-
-
-SPECS = [
-    PruneSpec("1x4", 0.9),
-    PruneSpec("unstructured", 0.8, everywhere=True),
-    PruneSpec("2:4"),
-    PruneSpec("4:8", keep=("head*",)),
-    PruneSpec("4x1", 0.5, norm="l2", keep=("head*", "stem*")),
-    PruneSpec("4x4", 1e-05),
-]
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_specs_round_trip(spec):
-    assert PruneSpec.parse(str(spec)) == spec
-
-
-def test_options_come_in_any_order():
-    spec = PruneSpec.parse(" magnitude:1x4:.5:keep=a,b:global:norm=l2 ")
-    assert spec == PruneSpec("1x4", 0.5, True, "l2", ("a", "b"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "", "1x4:0.9", "magnitude", "magnitude:1x4", "magnitude:1x4:90", "magnitude:1x4:-0.1", "magnitude:1x4:nan",
-        "magnitude:2x4:0.5", "magnitude:4:2", "magnitude:0:4", "magnitude:2:4:0.5", "magnitude:2:4:global",
-        "magnitude:1x4:0.5:norm=l3", "magnitude:1x4:0.5:global:global", "magnitude:1x4:0.5:keep=", "random:1x4:0.5",
-    ],
-)  # fmt: skip
-def test_a_wrong_spec_shows_the_right_form(text):
-    with pytest.raises(UsageError, match=r"for example magnitude:1x4:0.9"):
-        PruneSpec.parse(text)
 
 
 def test_an_all_zero_layer_stays_as_it_is():
