@@ -145,6 +145,17 @@ def choose_slices(rows: np.ndarray, isa: Isa, forms: Sequence[Form] = FORMS, pos
     return Choice(dense, f"gemv dense {label}", reason)
 
 
+def estimated_time(work: LayerWork, choice: Choice, isa: Isa) -> float:
+    """Nanoseconds of the chosen kernel by the cost table, its work shared out evenly among the threads."""
+    rows, weight, costs = work.numbers.rows, choice.weight, costs_of(isa.name, work.numbers.dtype)
+    if isinstance(weight, Slices):
+        return weight.work * price_of_entry(weight.is_dense, work.places.target.span, costs) / work.threads
+    assert choice.tiling is not None
+    form = DENSE if weight.is_dense else Form(weight.shared)
+    extent = Extent.of(rows, work.places, isa)
+    return estimate(extent, form, len(weight.data), choice.tiling, costs) / work.threads
+
+
 def _fastest_measured(work: LayerWork, times: Mapping[Candidate, float], isa: Isa, where: str) -> Choice:
     """The fastest of what was measured; the reason has the time of the best kernel of each form."""
     rows, depth = work.numbers.rows, work.depth

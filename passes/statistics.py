@@ -109,11 +109,12 @@ def output_error(before: np.ndarray, after: np.ndarray, moments: Moments) -> flo
 
     Both are ``[N, taps, C]``. The bias is no part of the signal; a layer without any signal has the ratio 0.
     """
-    signal = _energy(before, moments)
-    return _energy(np.subtract(before, after, dtype=np.float64), moments) / signal if signal > 0 else 0.0
+    signal = output_energy(before, moments)
+    return output_energy(np.subtract(before, after, dtype=np.float64), moments) / signal if signal > 0 else 0.0
 
 
-def _energy(rows: np.ndarray, moments: Moments) -> float:
+def output_energy(rows: np.ndarray, moments: Moments) -> float:
+    """The mean energy of a layer's output, all channels together and without the bias: ``trace(W G W^T)``."""
     flat = rows.reshape(len(moments.gram), -1, moments.gram.shape[1]).astype(np.float64)
     return float(max(0.0, np.sum((flat @ moments.gram) * flat)))
 

@@ -144,13 +144,18 @@ class _Collector(Chooser):
         return super().choose(work, isa)
 
 
-def _groups(mod: IRModule, target: Target, threads: int) -> list[list[LayerWork]]:
-    """The layers as they would be lowered, those that are alike together."""
+def layer_works(mod: IRModule, target: Target, threads: int) -> list[LayerWork]:
+    """The layers of ``mod`` that have a kernel, as they would be lowered."""
     collector = _Collector()
     with target.tvm, tvm.transform.PassContext(opt_level=3):
         tvm.transform.Sequential([LowerPacked(target, threads, collector)])(mod)
+    return collector.found
+
+
+def _groups(mod: IRModule, target: Target, threads: int) -> list[list[LayerWork]]:
+    """Those that are alike together."""
     groups: list[list[LayerWork]] = []
-    for work in collector.found:
+    for work in layer_works(mod, target, threads):
         for group in groups:
             if group[0].workload.resembles(work.workload):
                 group.append(work)

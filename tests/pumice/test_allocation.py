@@ -1,6 +1,6 @@
 """The dynamic programme against all choices tried out, the search around it, and the way back."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -137,5 +137,5 @@ def test_reverting_ends_at_the_least_error(problem):
     path = list(reversals(problem, start))
     errors = [problem.error(choice) for choice in path]
     assert path[0] == start
-    assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after < before for before, after in pairwise(errors))
     assert errors[-1] == sum(error.min() for error in problem.errors)
