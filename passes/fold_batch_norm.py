@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,38 @@ class FoldBatchNorm:
     over the layer behind it, whose padding it would have to change. A zero weight stays exactly zero. The bias
     of a layer that had none is called ``<layer>.bias``.
 
+    ``|gamma|`` of what was folded into a layer stays known, by the layer's weight: see ``norm_scales_of``.
+
     Raises ModelError where a variance is negative or the statistics are not finite.
     """
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Fold every batch norm, scale and shift."""
-        return rewrite(mod, _fold)
+        scales = norm_scales_of(mod)
+
+        def visit(rw: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+            return _fold(rw, var, value, scales)
+
+        return with_norm_scales(rewrite(mod, visit), scales)
+
+
+_NORM_SCALES = "pumice.norm_scales"
+
+
+def norm_scales_of(mod: IRModule) -> dict[str, np.ndarray]:
+    """``|gamma|``, float32 ``[N]``, of the batch norm that was folded into a layer, by the name of its weight.
+
+    What network slimming ranks the layer's output channels by (Liu et al., arXiv 1708.06519).
+    """
+    stored = mod.attrs[_NORM_SCALES] if mod.attrs and _NORM_SCALES in mod.attrs else {}
+    return {str(name): tensor.numpy() for name, tensor in stored.items()}
+
+
+def with_norm_scales(mod: IRModule, scales: Mapping[str, np.ndarray]) -> IRModule:
+    """``mod`` with these scales."""
+    if not scales:
+        return mod
+    return mod.with_attr(_NORM_SCALES, {name: tvm.runtime.tensor(scale) for name, scale in scales.items()})
 
 
 @dataclass(frozen=True)
@@ -46,13 +72,17 @@ class _Affine:
     shift: np.ndarray
 
 
-def _fold(rw: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+def _fold(rw: Rewriter, var: relax.Var, value: relax.Expr, scales: dict[str, np.ndarray]) -> relax.Expr | None:
     normalized = rw.item(value, 0, "nn.batch_norm")
     if normalized is not None:
         affine = _batch_norm(rw, var, normalized)
         if affine is None:
             return None
-        folded = _into_layer(rw, affine, layer_output(rw, affine.data))
+        output = layer_output(rw, affine.data)
+        folded = _into_layer(rw, affine, output)
+        gamma = rw.array(normalized.args[1])
+        if folded is not None and output is not None and gamma is not None and normalized.attrs.scale:
+            scales[output.weight] = np.abs(gamma).astype(np.float32)
         return _as_multiply_add(rw, normalized, affine) if folded is None else folded
     elementwise = _elementwise(rw, var, value)
     return None if elementwise is None else _into_layer(rw, *elementwise)
