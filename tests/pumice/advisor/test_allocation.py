@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pumice.allocation import Problem, allocate, reversals, search_sensitivities
+from pumice.advisor.allocation import Problem, allocate, reversals, search_sensitivities
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""What every layer could be: for each pattern and level, the error that it brings, and its time and bytes on the target.
+"""What every layer could be: for each pattern and level the error that it brings, and its time and bytes on the target.
 
     conv2   int8                  error 0.0001   0.72 ms   147 kB
             sparsegpt:1x4:0.5     error 0.0031   0.41 ms    93 kB
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pumice.advisor.subjects import Subject
 from pumice.kernel_times import measure
 from pumice.passes.choose_kernel import Chooser, candidates, estimated_time
 from pumice.passes.layer_kernel import LayerWork, Numbers
@@ -69,29 +70,6 @@ class LayerOption:
     def to_json(self) -> dict[str, Any]:
         """A plain dict that ``LayerOption(**...)`` reads back; its label and error are not in it."""
         return asdict(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One weight and all that its options depend on, without the module that it came from.
-
-    name: of its (first) layer; layers: all that read it; weight: its name in the module
-    rows: float32 ``[N, taps, C]``; groups: of the convolution
-    specs: what may be done to it
-    int8, float32: its layers' kernels on the target, dense; none in ``int8`` if it cannot be quantized
-    input_noise: the variance of the rounding of one input value, ``scale^2 / 12``
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    weight: str
-    rows: np.ndarray
-    groups: int
-    moments: Moments
-    specs: tuple[PruneSpec, ...]
-    int8: tuple[LayerWork, ...]
-    float32: tuple[LayerWork, ...]
-    input_noise: float
 
 
 @dataclass(frozen=True, eq=False)
