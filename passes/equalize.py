@@ -85,7 +85,7 @@ class EqualizeChannels:
             if np.all(factors == 1):
                 continue
             for layer in stream.producers:
-                for name, axis in _produced(graph, layer):
+                for name, axis in produced(graph, layer):
                     weights[name] = scaled(weights[name], factors, axis)
                 if layer.name in records:
                     records[layer.name].notes.append(_note(factors))
@@ -178,7 +178,7 @@ def divided(layer: Layer, weight: np.ndarray, factors: np.ndarray) -> np.ndarray
 
 def find_streams(mod: IRModule, graph: Dataflow) -> list[Stream]:
     """The groups of tensors whose channels may be scaled, in execution order."""
-    layers = {layer.var: layer for layer in find_layers(mod) if _is_scalable(layer, graph)}
+    layers = {layer.var: layer for layer in find_layers(mod) if is_scalable(layer, graph)}
     joined = _Joined()
     for var in graph.order:
         if var in graph.inputs or var in graph.outputs:
@@ -258,7 +258,7 @@ class _Joined:
         return found
 
 
-def _is_scalable(layer: Layer, graph: Dataflow) -> bool:
+def is_scalable(layer: Layer, graph: Dataflow) -> bool:
     """Whether a layer's weight and bias are its own, float, and can be changed."""
     if layer.weight_scale is not None or str(layer.weight.ty.dtype) != "float32":
         return False
@@ -274,7 +274,7 @@ def _reads_one_channel(layer: Layer) -> bool:
     return layer.operator == "conv2d" and shape_of(layer.weight)[1] == 1
 
 
-def _produced(graph: Dataflow, layer: Layer) -> list[tuple[str, int]]:
+def produced(graph: Dataflow, layer: Layer) -> list[tuple[str, int]]:
     """The weights that grow with the channels of a layer's output, and along which axis."""
     found = [(str(layer.weight.name), layer.channel_axis)]
     bias = graph.bias(graph.biased(layer.var), layer.var)
