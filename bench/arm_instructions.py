@@ -26,13 +26,15 @@ import numpy as np
 from bench.boxes import qemu
 from bench.layer_shapes import PATTERNS, LayerShape
 from bench.tables import markdown, number
-from pumice.driver import CompileOptions, Stages, prepare
 from pumice.frontend import read_model
 from pumice.module import layers_of
 from pumice.passes.choose_kernel import Chooser
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
+from pumice.prepare import prepare
+from pumice.recipe import Recipe
 from pumice.schedules.tiling import FORMS
+from pumice.stages import Stages
 from pumice.targets.build import build
 from pumice.targets.plan import Plan
 from pumice.targets.target import Target
@@ -86,7 +88,7 @@ def count(shape: LayerShape, pattern: str, target: Target, folder: Path) -> Coun
     """Compile one layer and run its kernel once, in ``folder``."""
     is_dense = pattern == "dense"
     zeros, rows = (0.0, 1) if is_dense else (ZEROS, PATTERNS[pattern])
-    mod = prepare(read_model(shape.model(shape.weight(zeros, rows)), None), CompileOptions(), None, None, Stages(None))
+    mod = prepare(read_model(shape.model(shape.weight(zeros, rows)), None), Recipe(), None, None, Stages(None))
     forms = [form for form in FORMS if form.is_dense == is_dense]
     lowered = lower(mod, target, LowerOptions(1, Chooser(forms)))
     plan = link_steps(lowered)

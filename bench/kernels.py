@@ -20,13 +20,15 @@ from tvm import relax
 from bench.kernel_model import KernelModel
 from bench.layer_shapes import LayerShape
 from pumice.bench import Timing, summarize, take_turns
-from pumice.driver import CompileOptions, Stages, prepare
 from pumice.frontend import read_model
 from pumice.module import layers_of, weights_of
 from pumice.passes.choose_kernel import Chooser
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.peers import OnnxRuntime, OpenVino
+from pumice.prepare import prepare
+from pumice.recipe import Recipe
 from pumice.schedules.tiling import FORMS
+from pumice.stages import Stages
 from pumice.targets.target import Target
 
 NO_LAYER = LayerShape(16, 16, 1)
@@ -48,7 +50,7 @@ class PumiceKernel:
     def __init__(self, shape: LayerShape, weight: np.ndarray, is_dense: bool, target: str, threads: int) -> None:
         model = shape.model(weight)
         device = Target.parse(target)
-        mod = prepare(read_model(model, None), CompileOptions(), None, None, Stages(None))
+        mod = prepare(read_model(model, None), Recipe(), None, None, Stages(None))
         forms = [form for form in FORMS if form.is_dense == is_dense]
         lowered = lower(mod, device, LowerOptions(threads, Chooser(forms)))
         (self.description,) = (layer.kernel for layer in layers_of(lowered).values())

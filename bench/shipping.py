@@ -37,10 +37,12 @@ from bench.processes import fresh_processes, write_runs
 from bench.pruning import prune_blocks
 from bench.subjects import SUBJECTS
 from bench.tables import markdown, number
-from pumice.driver import CompileOptions, Stages, prepare
 from pumice.frontend import read_model
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
+from pumice.prepare import prepare
+from pumice.recipe import Recipe
+from pumice.stages import Stages
 from pumice.targets.build_cuda import CudaCode
 from pumice.targets.check import Check, checksum
 from pumice.targets.cuda_emulation import Emulation
@@ -101,7 +103,7 @@ def ship(network: str, targets: Sequence[str], zeros: float = ZEROS, emulate: bo
     subject = SUBJECTS[network]
     feed = subject.feed(_CALIBRATION_SAMPLES)
     model = read_model(prune_blocks(subject.model(), zeros, subject.pointwise_only), None)
-    options = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
+    options = Recipe(equalize=False, correct_bias=False)
     mod = prepare(model, options, feed, None, Stages(None))
     return [_ship(mod, feed, subject.title, Target.parse(name), emulate) for name in targets]
 

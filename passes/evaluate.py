@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.targets.executor import build_executor
 from pumice.targets.target import Target
+from pumice.threads import default_threads
 
 
 class Evaluator:
@@ -35,7 +35,7 @@ class Evaluator:
         target = Target.parse("native")
         try:
             # Pumice's own lowering: what is measured of a quantized module are the very integers that ship.
-            lowered = lower(_with_taps(mod, self._taps), target, LowerOptions(threads=os.cpu_count() or 1))
+            lowered = lower(_with_taps(mod, self._taps), target, LowerOptions(threads=default_threads()))
             self._executor = build_executor(link_steps(lowered), target)
         except (tvm.error.InternalError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1]

@@ -13,10 +13,12 @@ of a convolutional network does not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
+import tvm
 from tvm import relax
 from tvm.ir import IRModule
 
@@ -39,6 +41,7 @@ POINTWISE = {
     "square", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.leakyrelu", "nn.prelu", "nn.softplus", "nn.selu",
 }  # fmt: skip
 
+_WEIGHT_SCALES = "pumice.weight_scales"
 ACCUMULATOR_LIMIT = 2**31 - 2**24  # what the products may sum to: int32, less room for the bias
 
 
@@ -85,6 +88,19 @@ def plan_quantization(mod: IRModule, spec: QuantizeSpec) -> QuantizationPlan:
             plan.float_reasons[layer.name] = reason
     _Planner(graph, layers, plan).run()
     return plan
+
+
+def weight_scales_of(mod: IRModule) -> dict[str, np.ndarray]:
+    """The scales that weights were rounded by already, float32 for each output channel, by the weight's name."""
+    if not (mod.attrs and _WEIGHT_SCALES in mod.attrs):
+        return {}
+    return {str(name): np.from_dlpack(scale) for name, scale in mod.attrs[_WEIGHT_SCALES].items()}
+
+
+def with_weight_scales(mod: IRModule, scales: Mapping[str, np.ndarray]) -> IRModule:
+    """``mod`` with exactly these scales of weights."""
+    kept = {name: tvm.runtime.tensor(np.ascontiguousarray(scale)) for name, scale in scales.items()}
+    return mod.with_attr(_WEIGHT_SCALES, kept) if kept else mod.without_attr(_WEIGHT_SCALES)
 
 
 def accumulator_bound(layer: Layer, weight_q: np.ndarray) -> np.ndarray:

@@ -23,6 +23,8 @@ from pumice.passes.quantization_plan import (
     plan_quantization,
     quantize_rows,
     symmetric_scale,
+    weight_scales_of,
+    with_weight_scales,
 )
 from pumice.passes.rewriting import Rewriter, rewrite
 from pumice.record import LayerRecord
@@ -62,7 +64,7 @@ class Quantize:
                 "give some, or compile without quantization"
             )
         quantized = rewrite(mod, _Quantizer(mod, plan, ranges).visit) if plan.layers else mod
-        return without_ranges(_record(quantized, plan))
+        return with_weight_scales(without_ranges(_record(quantized, plan)), {})
 
 
 class _Quantizer:
@@ -72,6 +74,7 @@ class _Quantizer:
         self.graph = Dataflow(mod)
         self.plan = plan
         self.ranges = {var: self._range(mod, ranges, var) for var in plan.tensors}
+        self.rounded = weight_scales_of(mod)
         self.weights = self._quantize_weights(weights_of(mod))
         self.layers = {layer.var: layer for layer in plan.layers}
         self.dequantized: dict[relax.Var, relax.Expr] = {}
@@ -124,12 +127,13 @@ class _Quantizer:
         return quantized
 
     def _channel_scales(self, layer: Layer, weight: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """``max|w| / 127``, but no less than lets the bias fit the accumulator beside the products.
+        """``max|w| / 127``, or what the weight was rounded by already, but no less than lets the bias fit.
 
-        A channel that batch norm shut off has tiny weights and a plain bias. Where no weight is left the scale
-        serves the bias alone.
+        That is, the accumulator, beside the products. A channel that batch norm shut off has tiny weights and a plain
+        bias. Where no weight is left the scale serves the bias alone.
         """
-        scale = symmetric_scale(layer, weight).astype(np.float64)
+        known = self.rounded.get(layer.weight.name)
+        scale = (symmetric_scale(layer, weight) if known is None else known).astype(np.float64)
         bound = accumulator_bound(layer, quantize_rows(layer, weight, scale))
         room = np.minimum(_BIAS_LIMIT, 2**31 - 1 - bound)
         silent = np.zeros_like(scale)

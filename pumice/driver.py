@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,27 +18,21 @@ from tvm.ir import GenericConst, IRModule
 
 from pumice.artifact import CompiledModel
 from pumice.errors import UsageError
+from pumice.export import write_onnx
+from pumice.files import check_destination
 from pumice.frontend import read_model
-from pumice.frontend.masks import apply_masks, read_masks
 from pumice.module import inputs_of, layers_of, output_names_of, source_of, weights_of
-from pumice.passes.calibrate import Calibrate, read_calibration
-from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.calibrate import read_calibration
 from pumice.passes.choose_kernel import Chooser, preview
-from pumice.passes.correct_bias import CorrectBias
-from pumice.passes.dataflow import Dataflow
-from pumice.passes.equalize import EqualizeChannels
-from pumice.passes.evaluate import SharedEvaluator
-from pumice.passes.layer_error import RecordLayerErrors, layer_results
 from pumice.passes.layers import find_layers
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
-from pumice.passes.prune import Prune
-from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
-from pumice.passes.quantize import Quantize
+from pumice.passes.prune_spec import PruneSpec
 from pumice.passes.rewriting import bindings_of, op_name
-from pumice.passes.simplify import SimplifyModel
-from pumice.passes.sparsity import RecordLayers
+from pumice.prepare import Masks, prepare
+from pumice.recipe import Recipe, read_recipe
 from pumice.schedules.measurements import Machine, read_measurements
+from pumice.stages import Progress, Stages
 from pumice.targets.isa import isa
 from pumice.targets.library import build_code, write_library
 from pumice.targets.nvcc import find_nvcc
@@ -52,32 +44,22 @@ from pumice.verify import make_check
 # The targets whose choices ``inspect`` shows.
 PREVIEWED = ("native", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3-avxvnni", "x86-64-v3", "armv8.2-a+dotprod", "armv8-a")
 
-# A file of 0/1 arrays by weight name, or the arrays.
-Masks = str | Path | Mapping[str, np.ndarray]
-
-# A stage begins (None), has ended after so many seconds, or has failed (NaN).
-Progress = Callable[[str, float | None], None]
-
-
-_ERROR_MACS = 8_000_000_000  # multiply-adds spent on measuring what quantization cost
-
 
 @dataclass(frozen=True)
 class CompileOptions:
     """What the user decides; the manifest keeps it, so that a library says how it was made."""
 
     target: str = "native"
-    calibration_method: str = "minmax"
-    prune: str | None = None
-    keep_float: Sequence[str] = ()
-    quantize: bool = True
+    recipe: Recipe = field(default_factory=Recipe)
     threads: int | None = None
-    equalize: bool = True
-    correct_bias: bool = True
     measure_errors: bool = True
     tuning_db: str | None = None  # the file's name, without its folder
     libc: str | None = None
     check: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict."""
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "recipe": self.recipe.to_json()}
 
 
 def compile_model(
@@ -86,18 +68,22 @@ def compile_model(
     target: str = "native",
     inputs: Any = None,
     calibration: Mapping[str, np.ndarray] | str | Path | None = None,
-    calibration_method: str = "minmax",
-    prune: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    prune: str | PruneSpec | Sequence[str | PruneSpec] | None = None,
     masks: Masks | None = None,
-    keep_float: Sequence[str] = (),
-    quantize: bool = True,
-    equalize: bool = True,
-    correct_bias: bool = True,
+    keep_float: Sequence[str] | None = None,
+    quantize: bool | None = None,
+    calibration_method: str | None = None,
+    smooth: float | None = None,
+    equalize: bool | None = None,
+    rounding: str | None = None,
+    correct_bias: bool | None = None,
     measure_errors: bool = True,
     tuning_db: str | Path | None = None,
     threads: int | None = None,
     libc: str | None = None,
     check: bool = True,
+    emit_onnx: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model into a library: ``.save(path)`` writes it, calling it runs it.
@@ -105,34 +91,38 @@ def compile_model(
     ``model`` is the path of an .onnx or .pt2 file, an ``onnx.ModelProto`` or a ``torch.nn.Module``; ``inputs`` pins
     open shapes by name (for a live module it is the tuple of example inputs). ``calibration`` is one array an input
     (or a .npz file of them), cut along its first axis into pieces of the input's first dimension; quantizing needs it
-    unless the model carries its scales already. ``prune`` is a specification such as ``magnitude:1x4:0.9``, ``masks``
-    0/1 arrays by weight name, or a .safetensors or .npz file of them, ``keep_float`` the layers, by name pattern,
-    that stay float32. ``equalize`` scales channels to one range before calibration, and ``correct_bias`` takes the
-    mean error of the rounded weights out of the biases (see the passes of these names); both use the calibration
-    data, as ``measure_errors`` does, which gives the report its SNR. ``tuning_db`` is a file of ``pumice tune``, whose
-    times decide on the kernels of the layers that it has; ``threads`` is what the library runs on by default (None:
-    one for each core). ``libc`` is the box's C library: ``glibc-2.28`` (any version), ``musl``, or None, the one that
-    this system's compiler links against. ``check`` stores the first calibration sample (without any, seeded noise) in
-    the library, with a checksum of what every kernel makes of it, for ``pumice verify``.
+    unless the model carries its scales already. ``masks`` are 0/1 arrays by weight name, or a .safetensors or .npz file
+    of them.
+
+    ``recipe`` (or its file) says what becomes of the numbers; the arguments named like its fields, where they are not
+    None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``keep_float``,
+    the layers, by name pattern, that stay float32; ``quantize``, ``calibration_method``, ``smooth``, ``equalize``,
+    ``rounding``, ``correct_bias``. ``measure_errors`` gives the report each layer's SNR, by the calibration data.
+
+    ``tuning_db`` is a file of ``pumice tune``, whose times decide on the kernels of the layers that it has; ``threads``
+    is what the library runs on by default (None: one for each core). ``libc`` is the box's C library: ``glibc-2.28``
+    (any version), ``musl``, or None, the one that this system's compiler links against. ``check`` stores the first
+    calibration sample (without any, seeded noise) in the library, with a checksum of what every kernel makes of it, for
+    ``pumice verify``. ``emit_onnx`` is where the pruned and quantized model is also written as ONNX, for other runtimes.
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
     pool = check_threads(threads)
-    patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
-    options = CompileOptions(
-        target,
-        calibration_method,
-        prune,
-        patterns,
-        quantize,
-        threads,
-        equalize,
-        correct_bias,
-        measure_errors,
-        Path(tuning_db).name if tuning_db else None,
-        libc,
-        check,
+    base = read_recipe(recipe) if isinstance(recipe, str | Path) else recipe or Recipe()
+    chosen = base.but(
+        prune=prune,
+        keep_float=keep_float,
+        quantize=quantize,
+        calibration_method=calibration_method,
+        smooth=smooth,
+        equalize=equalize,
+        rounding=rounding,
+        correct_bias=correct_bias,
     )
+    database = Path(tuning_db).name if tuning_db else None
+    options = CompileOptions(target, chosen, threads, measure_errors, database, libc, check)
+    if emit_onnx is not None:
+        check_destination(emit_onnx)
     device = Target.parse(target)
     find_toolchain(device, libc)  # asked before a long compilation, not after
     if device.runs_on_gpu:
@@ -142,7 +132,10 @@ def compile_model(
     with stage("read the model"):
         mod = read_model(model, inputs)
     samples = samples_of(calibration, mod)
-    mod = prepare(mod, options, samples, masks, stage)
+    mod = prepare(mod, chosen, samples, masks, stage, measure_errors)
+    if emit_onnx is not None:
+        with stage("write the ONNX model"):
+            write_onnx(mod, emit_onnx, chosen.to_json())
     manifest = _describe(mod, device, options, model)
     with stage(f"lower for {device.name}"):
         lowering = LowerOptions(pool, chooser)
@@ -170,75 +163,9 @@ def _chooser(tuning_db: str | Path | None, machine: Machine) -> Chooser:
     return Chooser(measured=measured, where="here" if measured.machine == machine else f"on {measured.machine.cpu}")
 
 
-def prepare(
-    mod: IRModule,
-    options: CompileOptions,
-    calibration: Mapping[str, np.ndarray] | None,
-    masks: Masks | None,
-    stage: Stages,
-) -> IRModule:
-    """The part of the road that no device decides: simplified, masked, pruned, quantized, its errors measured."""
-    if masks is not None:
-        with stage("apply masks"):  # in the source's own shapes, so before anything is transposed
-            if isinstance(masks, str | Path):
-                mod = apply_masks(mod, read_masks(masks), f"side file {Path(masks).name}")
-            else:
-                mod = apply_masks(mod, masks, "masks given in Python")
-    with tvm.transform.PassContext(opt_level=3, instruments=[NoPrunedWeightCameBack()]):
-        return _run_passes(mod, options, calibration, stage)
-
-
-def _run_passes(
-    mod: IRModule, options: CompileOptions, calibration: Mapping[str, np.ndarray] | None, stage: Stages
-) -> IRModule:
-    with stage("simplify"):
-        mod = _apply(mod, SimplifyModel(), RecordLayers())
-    if options.prune:
-        with stage(f"prune {options.prune}"):
-            mod = _apply(mod, Prune(options.prune))
-    spec = QuantizeSpec(keep_float=tuple(options.keep_float))
-    if not options.quantize:
-        return mod
-    if calibration is None:
-        if plan_quantization(mod, spec).layers:
-            raise UsageError(
-                f"{source_of(mod)}: quantizing to int8 needs calibration data, one array an input with a few hundred "
-                "samples; give --calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
-            )
-        return _apply(mod, Quantize(spec))
-    if options.equalize:
-        with stage("equalize channels"):
-            mod = _apply(mod, EqualizeChannels(calibration))
-    original, evaluator = mod, SharedEvaluator(_observed_later(mod, options))
-    with stage(f"calibrate ({options.calibration_method})"):
-        mod = _apply(mod, Calibrate(calibration, options.calibration_method, spec, evaluator=evaluator))
-    with stage("quantize"):
-        mod = _apply(mod, Quantize(spec))
-    if options.correct_bias:
-        with stage("correct biases"):
-            mod = _apply(mod, CorrectBias(original, calibration, evaluator=evaluator))
-    if not options.measure_errors:
-        return mod
-    with stage("measure the error of each layer"):
-        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod), evaluator))
-
-
-def _observed_later(mod: IRModule, options: CompileOptions) -> list[relax.Var]:
-    """What the passes behind calibration observe of the float module."""
-    computed = Dataflow(mod).activations
-    inputs = [layer.data for layer in find_layers(mod) if layer.data in computed] if options.correct_bias else []
-    return [*inputs, *(layer_results(mod).values() if options.measure_errors else [])]
-
-
-def _error_samples(mod: IRModule) -> int:
-    """How many samples the error of each layer is measured on: fewer for a large model, where one tells as much."""
-    macs = sum(layer.macs for layer in layers_of(mod).values())
-    return max(1, min(8, _ERROR_MACS // max(1, macs)))
-
-
 def inspect_model(model: Any, inputs: Any = None, masks: Masks | None = None) -> dict[str, Any]:
     """What a model holds before compilation, in the form of a manifest without a target."""
-    mod = prepare(read_model(model, inputs), CompileOptions(quantize=False), None, masks, Stages(None))
+    mod = prepare(read_model(model, inputs), Recipe(quantize=False), None, masks, Stages(None))
     layers = [_finite(layer.to_json()) for layer in layers_of(mod).values()]
     return {"source": _source(mod, model), **_signature(mod), "layers": layers, "targets": _previews(mod)}
 
@@ -254,29 +181,6 @@ def _previews(mod: IRModule) -> list[dict[str, Any]]:
         layers = {layer: {"kernel": choice.kernel, "reason": choice.reason} for layer, choice in choices.items()}
         previews.append({"name": name, "isa": device.isa, "layers": layers})
     return previews
-
-
-def _apply(mod: IRModule, *passes: Any) -> IRModule:
-    return tvm.transform.Sequential(list(passes))(mod)
-
-
-class Stages:
-    """Times each stage and tells ``progress``."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress or (lambda name, seconds: None)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """One stage, for the length of a ``with``."""
-        self._progress(name, None)
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self._progress(name, math.nan)
-            raise
-        self._progress(name, time.perf_counter() - start)
 
 
 def samples_of(
@@ -306,7 +210,7 @@ def _describe(mod: IRModule, device: Target, options: CompileOptions, model: Any
             "gpus": list(device.gpus),
         },
         **_signature(mod),
-        "options": asdict(options),
+        "options": options.to_json(),
         "threads": options.threads,
         "versions": {"pumice": version("pumice"), "tvm": str(tvm.__version__)},
     }

@@ -12,15 +12,19 @@ import numpy as np
 import tvm
 from tvm.ir import IRModule
 
-from pumice.driver import CompileOptions, Masks, Progress, Stages, prepare, samples_of
+from pumice.driver import samples_of
 from pumice.frontend import read_model
 from pumice.kernel_times import measure
 from pumice.module import inputs_of
 from pumice.passes.choose_kernel import Choice, Chooser, candidates
 from pumice.passes.layer_kernel import LayerWork
 from pumice.passes.lower_packed import LowerPacked
+from pumice.passes.prune_spec import PruneSpec
+from pumice.prepare import Masks, prepare
+from pumice.recipe import Recipe, read_recipe
 from pumice.schedules.measurements import Journal, Machine, Measurement, open_journal
 from pumice.schedules.tiling import Candidate
+from pumice.stages import Progress, Stages
 from pumice.targets.isa import Isa, isa
 from pumice.targets.target import Target
 from pumice.threads import check_threads
@@ -60,10 +64,11 @@ def tune_model(
     *,
     inputs: Any = None,
     calibration: Mapping[str, np.ndarray] | str | Path | None = None,
-    prune: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    prune: str | PruneSpec | Sequence[str | PruneSpec] | None = None,
     masks: Masks | None = None,
-    keep_float: Sequence[str] = (),
-    quantize: bool = True,
+    keep_float: Sequence[str] | None = None,
+    quantize: bool | None = None,
     threads: int | None = None,
     seconds: float = 0.2,
     progress: Progress | None = None,
@@ -80,21 +85,14 @@ def tune_model(
     """
     pool = check_threads(threads)
     target = Target.parse("native")
-    patterns = (keep_float,) if isinstance(keep_float, str) else tuple(keep_float)
-    options = CompileOptions(
-        prune=prune,
-        keep_float=patterns,
-        quantize=quantize,
-        equalize=False,
-        correct_bias=False,
-        measure_errors=False,
-    )
+    base = read_recipe(recipe) if isinstance(recipe, str | Path) else recipe or Recipe()
+    chosen = base.but(prune=prune, keep_float=keep_float, quantize=quantize, equalize=False, correct_bias=False)
     with open_journal(output, Machine.of(target, pool)) as journal:
         stage = Stages(progress)
         with stage("read the model"):
             mod = read_model(model, inputs)
         arrays = _random_inputs(mod) if calibration is None else samples_of(calibration, mod)
-        mod = prepare(mod, options, arrays, masks, stage)
+        mod = prepare(mod, chosen, arrays, masks, stage)
         results = []
         for tuned in _tune(_groups(mod, target, pool), journal, target, pool, seconds):
             tell(tuned)

@@ -32,11 +32,15 @@ def add_model_options(parser: argparse.ArgumentParser, calibration: str) -> None
     parser.add_argument("model", metavar="MODEL", help="an .onnx or .pt2 file")
     add_input_shapes(parser)
     parser.add_argument("--calibration", metavar="FILE.npz", help=calibration)
-    parser.add_argument("--prune", metavar="SPEC", help="prune first, as in magnitude:1x4:0.9")
-    parser.add_argument("--masks", metavar="FILE", help=".safetensors or .npz of 0/1 arrays by weight name")
+    parser.add_argument("--recipe", metavar="FILE.toml", help="what `pumice advise` wrote; other options go before it")
     parser.add_argument(
-        "--keep-float", action="append", default=[], metavar="GLOB", help="layers that stay float32 (repeatable)"
+        "--prune",
+        action="append",
+        metavar="SPEC",
+        help="prune first, as in magnitude:1x4:0.9, sparsegpt:2:4 or filters:0.3 (repeatable; docs/pruning.md)",
     )
+    parser.add_argument("--masks", metavar="FILE", help=".safetensors or .npz of 0/1 arrays by weight name")
+    parser.add_argument("--keep-float", action="append", metavar="GLOB", help="layers that stay float32 (repeatable)")
     parser.add_argument("--no-quantize", action="store_true", help="compile in float32")
     parser.add_argument("--threads", type=int, metavar="N", help="what the library runs on by default")
 
@@ -46,10 +50,11 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "inputs": parse_shapes(args.input) or None,
         "calibration": args.calibration,
+        "recipe": args.recipe,
         "prune": args.prune,
         "masks": args.masks,
         "keep_float": args.keep_float,
-        "quantize": not args.no_quantize,
+        "quantize": False if args.no_quantize else None,
         "threads": args.threads,
     }
 
@@ -79,11 +84,11 @@ def parse_shapes(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def refuse_to_overwrite(output: str | Path, *sources: str | Path | None) -> None:
-    """Raise UsageError where ``-o`` names a file that the command reads."""
+def refuse_to_overwrite(output: str | Path, *sources: str | Path | None, option: str = "-o") -> None:
+    """Raise UsageError where ``option``, which gives ``output``, names a file that the command reads."""
     for source in sources:
         if source and Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
-            raise UsageError(f"-o {output}: is {source} itself, which would be lost; give another name")
+            raise UsageError(f"{option} {output}: is {source} itself, which would be lost; give another name")
 
 
 def show_progress(stage: str, seconds: float | None) -> None:

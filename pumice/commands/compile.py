@@ -46,9 +46,19 @@ def add_parser(commands: Commands) -> None:
     libc.add_argument("--musl", dest="libc", action="store_const", const="musl", help="link for a box with musl")
     parser.add_argument(
         "--calibration-method",
-        default="minmax",
         metavar="METHOD",
         help="how a range is chosen: minmax (default), percentile, entropy or mse",
+    )
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        metavar="STRENGTH",
+        help="let weights take over what is uneven in transformers' activations: 0.5 is usual (SmoothQuant)",
+    )
+    parser.add_argument(
+        "--rounding",
+        metavar="HOW",
+        help="nearest (default), or gptq: weights make up for each other's rounding errors on the calibration data",
     )
     parser.add_argument("--no-equalize", action="store_true", help="do not scale channels to one range before")
     parser.add_argument("--no-correct-bias", action="store_true", help="do not take mean rounding errors out of biases")
@@ -57,28 +67,41 @@ def add_parser(commands: Commands) -> None:
         "--no-check", action="store_true", help="store nothing for `pumice verify`: no sample of the calibration data"
     )
     parser.add_argument("--tuning-db", metavar="FILE", help="choose kernels by the times that `pumice tune` measured")
+    parser.add_argument(
+        "--emit-onnx", metavar="FILE.onnx", help="also write the pruned, quantized model as ONNX, for other runtimes"
+    )
     parser.add_argument("--json", action="store_true", help="the manifest as JSON instead of the table")
 
 
 def run(args: argparse.Namespace) -> None:
     """Compile, write, report."""
     from pumice.driver import compile_model
+    from pumice.errors import UsageError
     from pumice.files import check_destination
     from pumice.report_table import clean, format_bytes
 
     output = Path(args.output)
     check_destination(output)
-    refuse_to_overwrite(output, args.model, args.calibration, args.masks, args.tuning_db)
+    sources = (args.model, args.calibration, args.masks, args.tuning_db, args.recipe)
+    refuse_to_overwrite(output, *sources)
+    if args.emit_onnx:
+        check_destination(args.emit_onnx)
+        refuse_to_overwrite(args.emit_onnx, *sources, option="--emit-onnx")
+        if Path(args.emit_onnx).resolve() == output.resolve():
+            raise UsageError(f"--emit-onnx {args.emit_onnx}: is the file of -o too; give another name")
     artifact = compile_model(
         args.model,
         target=args.target,
         calibration_method=args.calibration_method,
-        equalize=not args.no_equalize,
-        correct_bias=not args.no_correct_bias,
+        smooth=args.smooth,
+        rounding=args.rounding,
+        equalize=False if args.no_equalize else None,
+        correct_bias=False if args.no_correct_bias else None,
         measure_errors=not args.no_layer_errors,
         tuning_db=args.tuning_db,
         libc=args.libc,
         check=not args.no_check,
+        emit_onnx=args.emit_onnx,
         progress=show_progress,
         **model_options(args),
     )

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.device != "native":
         raise UnsupportedError(f"--device {args.device}: kernels are measured on this machine only: give native")
-    refuse_to_overwrite(args.output, args.model, args.calibration, args.masks)
+    refuse_to_overwrite(args.output, args.model, args.calibration, args.masks, args.recipe)
     try:
         found = tune_model(
             args.model,

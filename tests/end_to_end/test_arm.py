@@ -14,10 +14,13 @@ from elf import Elf
 from emulation import NEWEST, build_program, emulator
 
 from pumice.demo.run import SHAPE, DemoData, read_data
-from pumice.driver import CompileOptions, Stages, compile_model, prepare
+from pumice.driver import compile_model
 from pumice.frontend import read_model
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
+from pumice.prepare import prepare
+from pumice.recipe import Recipe
+from pumice.stages import Stages
 from pumice.targets.build import build
 from pumice.targets.executor import build_executor
 from pumice.targets.library import write_library
@@ -43,7 +46,7 @@ def data(tmp_path_factory) -> DemoData:
 def network(data):
     """The sparse network in int8: what all targets lower."""
     mod = read_model(data.models["blocks90"], {"image": SHAPE})
-    options = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
+    options = Recipe(equalize=False, correct_bias=False)
     return prepare(mod, options, {"image": data.calibration_images[:100]}, None, Stages(None))
 
 

@@ -17,13 +17,15 @@ from tvm.ir import IRModule
 
 import pumice
 from pumice.demo.run import SHAPE, DemoData, read_data
-from pumice.driver import CompileOptions, Stages, prepare
 from pumice.errors import MissingDependencyError
 from pumice.frontend import read_model
 from pumice.loader import load
 from pumice.module import layers_of
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
+from pumice.prepare import prepare
+from pumice.recipe import Recipe
+from pumice.stages import Stages
 from pumice.targets.executor import build_executor
 from pumice.targets.library import build_code, write_library
 from pumice.targets.target import Target
@@ -44,7 +46,7 @@ def gpu_here() -> str:
     return f"sm_{said[0].replace('.', '')}" if said else ""
 
 
-QUICK = CompileOptions(equalize=False, correct_bias=False, measure_errors=False)
+QUICK = Recipe(equalize=False, correct_bias=False)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_mobilenet_gives_the_same_integers(driver, tmp_path):
     image = np.random.default_rng(0).standard_normal((2, 3, 96, 96)).astype(np.float32)
     mod = prepare(
         read_model(MobileNetV2().eval(), (torch.zeros(1, 3, 96, 96),)),
-        CompileOptions(prune="magnitude:1x4:0.7", equalize=False, correct_bias=False, measure_errors=False),
+        Recipe(equalize=False, correct_bias=False).but(prune="magnitude:1x4:0.7"),
         {"image": image},
         None,
         Stages(None),
@@ -208,7 +210,7 @@ def test_a_sentence_encoder_gives_the_same_embedding(driver, tmp_path):
     examples = tuple(torch.from_numpy(array[:1]) for array in tokens.values())
     mod = prepare(
         read_model(MiniLM().eval(), examples),
-        CompileOptions(prune="magnitude:1x4:0.8", equalize=False, correct_bias=False, measure_errors=False),
+        Recipe(equalize=False, correct_bias=False).but(prune="magnitude:1x4:0.8"),
         tokens,
         None,
         Stages(None),

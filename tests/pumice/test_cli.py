@@ -70,7 +70,7 @@ def test_json_parses_and_says_the_same(run, tmp_path, model_path, calibration_pa
     assert code == 0
     assert manifest["library"]["bytes"] == library.stat().st_size
     assert [layer["dtype"] for layer in manifest["layers"]] == ["int8", "int8", "float32"]
-    assert manifest["options"]["prune"] == "magnitude:1x4:0.5:keep=fc"
+    assert manifest["options"]["recipe"]["prune"] == ["magnitude:1x4:0.5:keep=fc"]
     inspected = json.loads(run("inspect", library, "--json")[1])
     assert inspected["layers"] == manifest["layers"]
     model = json.loads(run("inspect", model_path, *PINNED, "--json")[1])

@@ -102,7 +102,7 @@ def test_stages_are_told_with_their_failure(model_path, samples):
 def test_the_manifest_is_strict_json_and_says_how_it_was_made(compiled):
     text = json.dumps(compiled.manifest, allow_nan=False)
     manifest = json.loads(text)
-    assert manifest["options"]["calibration_method"] == "minmax"
+    assert manifest["options"]["recipe"]["calibration_method"] == "minmax"
     assert manifest["versions"]["tvm"].startswith("0.27")
     assert set(manifest["target"]) == {"name", "tvm", "architecture", "isa", "features", "gpus"}
 

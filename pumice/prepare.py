@@ -1,0 +1,120 @@
+"""The part of the road that no device decides: what a recipe makes of a model's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import IRModule
+
+from pumice.errors import UsageError
+from pumice.frontend.masks import apply_masks, read_masks
+from pumice.module import layers_of, source_of
+from pumice.passes.calibrate import Calibrate
+from pumice.passes.check_zeros import NoPrunedWeightCameBack
+from pumice.passes.correct_bias import CorrectBias
+from pumice.passes.dataflow import Dataflow
+from pumice.passes.equalize import EqualizeChannels
+from pumice.passes.evaluate import SharedEvaluator
+from pumice.passes.layer_error import RecordLayerErrors, layer_results
+from pumice.passes.layers import find_layers
+from pumice.passes.prune import Prune
+from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
+from pumice.passes.quantize import Quantize
+from pumice.passes.round_weights import RoundWeights
+from pumice.passes.simplify import SimplifyModel
+from pumice.passes.sparsity import RecordLayers
+from pumice.recipe import Recipe
+from pumice.stages import Stages
+
+# A file of 0/1 arrays by weight name, or the arrays.
+Masks = str | Path | Mapping[str, np.ndarray]
+Samples = Mapping[str, np.ndarray]
+
+_ERROR_MACS = 8_000_000_000  # multiply-adds spent on measuring what quantization cost
+
+
+def prepare(
+    mod: IRModule,
+    recipe: Recipe,
+    calibration: Samples | None,
+    masks: Masks | None,
+    stage: Stages,
+    measure_errors: bool = False,
+) -> IRModule:
+    """``mod`` as it was read, simplified, masked, pruned and quantized as the recipe says.
+
+    ``measure_errors`` writes the error of each layer into its record. Raises UsageError where calibration data are
+    needed and missing, and what the passes raise.
+    """
+    if masks is not None:
+        with stage("apply masks"):  # in the source's own shapes, so before anything is transposed
+            if isinstance(masks, str | Path):
+                mod = apply_masks(mod, read_masks(masks), f"side file {Path(masks).name}")
+            else:
+                mod = apply_masks(mod, masks, "masks given in Python")
+    with tvm.transform.PassContext(opt_level=3, instruments=[NoPrunedWeightCameBack()]):
+        with stage("simplify"):
+            mod = _apply(mod, SimplifyModel(), RecordLayers())
+        mod = _pruned(mod, recipe, calibration, stage)
+        return _quantized(mod, recipe, calibration, stage, measure_errors) if recipe.quantize else mod
+
+
+def _pruned(mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages) -> IRModule:
+    for spec in recipe.prune:
+        with stage(f"prune {spec}"):
+            mod = _apply(mod, Prune(spec, calibration))
+    return mod
+
+
+def _quantized(
+    mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
+) -> IRModule:
+    spec = QuantizeSpec(keep_float=recipe.keep_float)
+    if calibration is None:
+        if plan_quantization(mod, spec).layers:
+            raise UsageError(
+                f"{source_of(mod)}: quantizing to int8 needs calibration data, one array an input with a few hundred "
+                "samples; give --calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
+            )
+        return _apply(mod, Quantize(spec))
+    if recipe.equalize:
+        with stage("equalize channels"):
+            mod = _apply(mod, EqualizeChannels(calibration))
+    original = mod
+    if recipe.rounding == "gptq":
+        with stage("round weights (gptq)"):
+            mod = _apply(mod, RoundWeights(calibration, spec))
+    evaluator = SharedEvaluator(_observed_later(original, recipe, measure_errors))
+    with stage(f"calibrate ({recipe.calibration_method})"):
+        mod = _apply(mod, Calibrate(calibration, recipe.calibration_method, spec, evaluator=evaluator))
+    with stage("quantize"):
+        mod = _apply(mod, Quantize(spec))
+    if recipe.correct_bias:
+        with stage("correct biases"):
+            mod = _apply(mod, CorrectBias(original, calibration, evaluator=evaluator))
+    if not measure_errors:
+        return mod
+    with stage("measure the error of each layer"):
+        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod), evaluator))
+
+
+def _observed_later(mod: IRModule, recipe: Recipe, measure_errors: bool) -> list[relax.Var]:
+    """What the passes behind calibration observe of the float module."""
+    computed = Dataflow(mod).activations
+    inputs = [layer.data for layer in find_layers(mod) if layer.data in computed] if recipe.correct_bias else []
+    return [*inputs, *(layer_results(mod).values() if measure_errors else [])]
+
+
+def _error_samples(mod: IRModule) -> int:
+    """How many samples the error of each layer is measured on: fewer for a large model, where one tells as much."""
+    macs = sum(layer.macs for layer in layers_of(mod).values())
+    return max(1, min(8, _ERROR_MACS // max(1, macs)))
+
+
+def _apply(mod: IRModule, *passes: Any) -> IRModule:
+    return tvm.transform.Sequential(list(passes))(mod)
