@@ -25,6 +25,7 @@ from pumice.passes.simplify import SimplifyModel, simplification_passes
 from pumice.passes.sink_below_dequantize import SinkBelowDequantize
 from pumice.passes.smooth_activations import SmoothActivations
 from pumice.passes.sparsity import RecordLayers
+from pumice.passes.split_errors import SplitErrors
 from pumice.passes.weights import AdoptWeights, BindWeights
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "SinkBelowDequantize",
     "SmoothActivations",
     "SparseGPT",
+    "SplitErrors",
     "Wanda",
     "parse_prune",
     "plan_quantization",
