@@ -29,7 +29,7 @@ from pumice.advisor.stitching import Reference
 from pumice.advisor.subjects import Space
 from pumice.advisor.survey import Effort, Ground, find_layer_options
 from pumice.advisor.work_file import open_work_file
-from pumice.driver import Progress, Stages, samples_of
+from pumice.driver import samples_of
 from pumice.errors import UnsupportedError, UsageError
 from pumice.evaluation import Metric
 from pumice.frontend import read_model
@@ -39,6 +39,7 @@ from pumice.passes.evaluate import Evaluator
 from pumice.passes.simplify import SimplifyModel
 from pumice.passes.sparsity import RecordLayers
 from pumice.recipe import Recipe
+from pumice.stages import Progress, Stages
 from pumice.targets.target import Target
 
 _HELD = 4  # every such sample is kept for measuring outcomes
@@ -93,8 +94,8 @@ def advise_model(
         setting = Setting(model, inputs, learned, reference, metric, device, threads, tuning_db)
         checker = Checker(setting, base, work, _TIMED * effort.seconds)
         ground = Ground(mod, exact, setting, note, checker, work, base, effort, stage, tell)
-        layers = find_layer_options(ground, space or Space(), measure)
-        return Advisor(ground, layers, space or Space(), budget).advise()
+        space = space or Space.of(device)
+        return Advisor(ground, find_layer_options(ground, space, measure), space, budget).advise()
 
 
 def _check_request(
@@ -137,3 +138,6 @@ def _fingerprint(mod: IRModule, samples: Mapping[str, np.ndarray], options: Sequ
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     digest.update(json.dumps(list(options), default=str).encode())
     return digest.hexdigest()
+
+
+__all__ = ["Effort", "advise_model"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pumice.errors import PumiceError
 
-COMMANDS = ("inspect", "targets", "compile", "tune", "run", "verify", "bundle", "bench", "report", "demo")
+COMMANDS = ("inspect", "targets", "compile", "tune", "advise", "run", "verify", "bundle", "bench", "report", "demo")
 
 _EXIT_CODES = """\
 exit codes: 0 fine, 1 unexpected error, 2 usage, 3 bad model or mask, 4 unsupported operator or target,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm.ir import IRModule
 
+from pumice.errors import UsageError
 from pumice.module import layers_of, weights_of
 from pumice.passes.layer_kernel import LayerWork
 from pumice.passes.layers import Layer, find_layers
@@ -30,6 +32,19 @@ class Space:
     techniques: tuple[str, ...] = TECHNIQUES
     patterns: tuple[str, ...] = PATTERNS
     levels: tuple[float, ...] = LEVELS
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be tried."""
+        for technique in self.techniques:
+            if technique not in TECHNIQUES:
+                raise UsageError(f"there is no technique {technique!r} to try; there are {', '.join(TECHNIQUES)}")
+        self.parsed  # noqa: B018
+
+    @classmethod
+    def of(cls, target: Target, **given: Any) -> Space:
+        """All that the target's kernels may profit from, but for what is ``given``: fields by name."""
+        patterns = (*PATTERNS, "2:4") if target.runs_on_gpu else PATTERNS
+        return cls(**{"patterns": patterns, **given})
 
     def specs(self, patterns: tuple[Pattern, ...]) -> tuple[PruneSpec, ...]:
         """Every specification with one of ``patterns``."""

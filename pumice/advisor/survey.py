@@ -16,7 +16,6 @@ from pumice.advisor.sensitivities import Tell
 from pumice.advisor.stitching import Stitcher
 from pumice.advisor.subjects import Space, Subject, find_subjects
 from pumice.advisor.work_file import WorkFile
-from pumice.driver import Stages
 from pumice.errors import UnsupportedError
 from pumice.module import source_of
 from pumice.passes.calibrate import Calibrate
@@ -25,6 +24,7 @@ from pumice.passes.quantization_plan import QuantizeSpec
 from pumice.passes.quantize import Quantize
 from pumice.recipe import Recipe
 from pumice.schedules.measurements import Machine, open_journal, read_measurements
+from pumice.stages import Stages
 from pumice.threads import check_threads
 
 
