@@ -15,7 +15,7 @@ from pumice.loader import clean
 from pumice.report.markup import Markup, element, join
 from pumice.report_table import shorten
 
-_ROW, _BAR, _TEXT = 36, 11, 13  # pixels: of a row, its bar, the label above it
+_ROW, _BAR, _TEXT = 38, 10, 13  # pixels: of a row, its bar, the label above it
 _LABEL = 40  # columns of a label
 _TOOLTIP = 300  # columns of what shows on hovering
 _HEIGHT, _TOP, _BOTTOM = 320, 14, 46  # pixels of a scatter plot and its margins
@@ -34,7 +34,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """One point: what hovering shows, its kind (colour), its size between 0 and 1, and the text beside it."""
+    """One point: what hovering shows, its kind (colour), its size between 0 and 1, and the text above it."""
 
     x: float
     y: float
@@ -86,8 +86,8 @@ def scatter_plot(
     parts.append(element("text", across.title, class_="axis middle", x=f"{(_LEFT + _RIGHT) / 2}%", y=_HEIGHT - 6))
     for (x1, y1), (x2, y2) in itertools.pairwise(line):
         parts.append(element("line", class_="frontier", x1=x(x1), x2=x(x2), y1=y(y1), y2=y(y2)))
-    for dot in sorted(dots, key=lambda dot: -dot.size):
-        parts.append(_draw_dot(dot, x(dot.x), y(dot.y), flip=dot.x > (x_ticks[0] + x_ticks[-1]) / 2))
+    parts += [_draw_dot(dot, x(dot.x), y(dot.y)) for dot in sorted(dots, key=lambda dot: -dot.size)]
+    parts += _draw_marks([(dot, x(dot.x), y(dot.y)) for dot in dots if dot.mark])
     picture = element("svg", *parts, class_="plot", width="100%", height=_HEIGHT, role="img", aria_label=title)
     return join(element("p", "↑ ", up.title, class_="axis"), picture)
 
@@ -110,11 +110,11 @@ def legend(kinds: Mapping[str, str]) -> Markup:
 
 
 def _draw_bar(row: Bar, top: int, longest: float) -> Markup:
-    parts, start = [], 0.0
+    parts, start, y = [], 0.0, top + _TEXT + 5
     for kind, length in row.parts.items():
         width = 100 * length / longest
-        rectangle = {"x": f"{start:.3f}%", "y": top + _TEXT + 5, "width": f"{width:.3f}%", "height": _BAR}
-        parts.append(element("rect", class_=f"kind-{kind}", **rectangle))
+        rectangle = element("rect", x=f"{start:.3f}%", y=y, width=f"{width:.3f}%", height=_BAR, class_=f"kind-{kind}")
+        parts.append(rectangle)
         start += width
     label = element("text", shorten(clean(row.label), _LABEL), class_="label", x=0, y=top + _TEXT)
     number = element("text", row.number, class_="label end", x="100%", y=top + _TEXT)
@@ -122,13 +122,26 @@ def _draw_bar(row: Bar, top: int, longest: float) -> Markup:
     return element("g", tooltip, label, number, *parts)
 
 
-def _draw_dot(dot: Dot, x: str, y: str, flip: bool) -> Markup:
+def _draw_dot(dot: Dot, x: str, y: str) -> Markup:
+    tooltip = element("title", shorten(clean(dot.label), _TOOLTIP))
+    return element("circle", tooltip, class_=f"kind-{dot.kind}", cx=x, cy=y, r=f"{_radius(dot):.1f}")
+
+
+def _draw_marks(placed: Sequence[tuple[Dot, str, str]]) -> list[Markup]:
+    """The texts above their dots; one that would cover another is left out (its dot still shows it on hovering)."""
+    drawn: list[tuple[float, float]] = []
+    parts = []
+    for dot, x, y in placed:
+        across, up = float(x.rstrip("%")), float(y) - _radius(dot) - 4
+        if all(abs(across - other) > 5 or abs(up - height) > 11 for other, height in drawn):
+            drawn.append((across, up))
+            parts.append(element("text", dot.mark, class_="middle", x=x, y=f"{up:.1f}"))
+    return parts
+
+
+def _radius(dot: Dot) -> float:
     smallest, largest = _DOTS
-    radius = smallest + (largest - smallest) * math.sqrt(min(1.0, max(0.0, dot.size)))
-    circle = element("circle", element("title", shorten(clean(dot.label), _TOOLTIP)), cx=x, cy=y, r=f"{radius:.1f}")
-    placed = {"x": x, "y": y, "dy": "0.35em", "dx": f"{-radius - 4 if flip else radius + 4:.1f}"}
-    mark = element("text", dot.mark, class_=f"mark{' end' * flip}", **placed) if dot.mark else None
-    return element("g", circle, mark, class_=f"dot kind-{dot.kind}")
+    return smallest + (largest - smallest) * math.sqrt(min(1.0, max(0.0, dot.size)))
 
 
 def _ticks(values: Sequence[float], axis: Axis) -> list[float]:

@@ -223,9 +223,8 @@ def _with_accuracy(
     if peer:
         with _stage(progress, "evaluate the original"):
             before = metric(peer.run)
-    measured = [
-        Accuracy(name, before.get(name), value, f"by {metric} for this report") for name, value in after.items()
-    ]
+    how = f"by {metric.script.name}:{metric.name} for this report"
+    measured = [Accuracy(name, before.get(name), value, how) for name, value in after.items()]
     return replace(report, accuracy=[*measured, *(entry for entry in report.accuracy if entry.name not in after)])
 
 

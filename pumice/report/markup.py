@@ -43,9 +43,15 @@ def sortable_table(headings: Sequence[tuple[str, bool]], rows: Sequence[Markup])
     return element("div", table, class_="wide")
 
 
-def number_cell(text: str, value: float | None) -> Markup:
+def number_cell(text: str, value: float | None, below: str = "") -> Markup:
     """A cell with a number in words, aligned to the right and sorted by ``value``; None comes last."""
-    return element("td", text, class_="number", data_value="" if value is None else f"{value:.9g}")
+    second = second_line(below) if below else None
+    return element("td", text, second, class_="number", data_value="" if value is None else f"{value:.9g}")
+
+
+def second_line(text: str) -> Markup:
+    """What stands small below the text of a cell."""
+    return element("div", text, class_="below")
 
 
 def _escape(text: str) -> str:

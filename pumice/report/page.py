@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib.resources
 
 from pumice.report.data import Accuracy, Report
-from pumice.report.layers import layer_kind, layer_section, noise_section, time_section
+from pumice.report.formats import digits, layer_kind
+from pumice.report.layers import layer_section
 from pumice.report.markup import Markup, element, join
+from pumice.report.noise import noise_section
 from pumice.report.points import frontier_section
 from pumice.report.reproduce import glossary_section, reproduce_section
+from pumice.report.times import time_section
 from pumice.report_table import clean, format_bytes, shorten
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -81,13 +84,15 @@ def _accuracy_card(entry: Accuracy) -> Markup:
     verdict, tone = None, ""
     if entry.before is not None:
         change = entry.after - entry.before
-        verdict = f"{_signed(change)} compared with the original" if change else "the same as the original"
+        direction = "higher" if change > 0 else "lower"
+        verdict = f"{abs(change):.2g} {direction} than the original" if change else "the same as the original"
         tone = "bad" if change < 0 else "good"
     small = f"Higher is better; measured {entry.measured}."
     if entry.before is None:
-        small += " The original was not measured: --model MODEL.onnx does."
+        small += " With --model MODEL.onnx the original is measured too."
     before = None if entry.before is None else _number(entry.before)
-    return _card(f"Accuracy: {entry.name}", before, _number(entry.after), verdict, tone, small)
+    title = "Accuracy" if entry.name == "accuracy" else f"Accuracy: {entry.name}"
+    return _card(title, before, _number(entry.after), verdict, tone, small)
 
 
 def _no_accuracy_card() -> Markup:
@@ -100,12 +105,12 @@ def _time_card(report: Report) -> Markup:
         return _card("Time of one inference", None, "not measured", None, "", report.remarks.get("time", ""))
     ours, *others = report.timings
     if not others:
-        small = f"Median on {report.place}. The original was not timed: --model MODEL.onnx does."
+        small = f"Median on {report.place}. With --model MODEL.onnx the original is timed too."
         return _card("Time of one inference", None, _milliseconds(ours.median), None, "", small)
     original = others[0]
     faster = original.ratio >= 1
     ratio = original.ratio if faster else 1 / original.ratio
-    verdict = f"{ratio:.2g} times as fast" if faster else f"slower: takes {ratio:.2g} times as long"
+    verdict = f"{digits(ratio, 2)} times as fast" if faster else f"slower: takes {digits(ratio, 2)} times as long"
     small = f"Median on {report.place}. Before: the original in {original.name}. Both were timed in turns."
     before, after = _milliseconds(original.median), _milliseconds(ours.median)
     return _card("Time of one inference", before, after, verdict, "good" if faster else "bad", small)
@@ -128,7 +133,9 @@ def _size_card(report: Report) -> Markup:
 
 def _smaller(before: float, after: float) -> tuple[str, str]:
     ratio = before / max(1, after)
-    return (f"{ratio:.2g} times smaller", "good") if ratio >= 1 else (f"{1 / ratio:.2g} times as large", "bad")
+    if ratio < 1:
+        return f"{digits(1 / ratio, 2)} times as large", "bad"
+    return f"{digits(ratio, 2)} times smaller", "good"
 
 
 def _card(title: str, before: str | None, after: str, verdict: str | None, tone: str, small: str) -> Markup:
@@ -146,12 +153,14 @@ def _card(title: str, before: str | None, after: str, verdict: str | None, tone:
 
 
 def _milliseconds(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:,.0f} ms"
+    return f"{digits(value, 3)} ms"
 
 
 def _number(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2g}".replace("-", "−")
+    """Four digits, as 0.9380, 93.80 or 1,234: one as long as the other."""
+    if value is None:
+        return "not measured"
+    size = abs(value)
+    if size >= 1000 or 0 < size < 0.01:
+        return f"{value:,.0f}" if size >= 1000 else f"{value:.2g}"
+    return f"{value:.{4 if size < 1 else 4 - len(str(int(size)))}f}"

@@ -1,0 +1,41 @@
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from pumice import cli
+from pumice.report.reproduce import compile_command
+
+
+def test_the_command_makes_the_same_library_again(bare, library, model_path, calibration_path, tmp_path, capsys):
+    words = shlex.split(compile_command(bare))
+    files = {"tiny.onnx": model_path, "CALIBRATION.npz": calibration_path, "tiny.so": tmp_path / "again.so"}
+    assert cli.main([str(files.get(word, word)) for word in words[1:]]) == 0
+    assert (tmp_path / "again.so").read_bytes() == library.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantize": False}, "--no-quantize"),
+        ({"prune": "magnitude:1x4:0.5"}, "--prune magnitude:1x4:0.5"),
+        ({"keep_float": ["a*", "b c"]}, "--keep-float 'a*' --keep-float 'b c'"),
+        ({"threads": 2}, "--threads 2"),
+        ({"libc": "musl"}, "--musl"),
+        ({"libc": "glibc-2.28"}, "--glibc 2.28"),
+        ({"calibration_method": "mse"}, "--calibration-method mse"),
+        ({"equalize": False, "check": False}, "--no-equalize --no-check"),
+        ({"tuning_db": "times.jsonl"}, "--tuning-db times.jsonl"),
+    ],
+)
+def test_options_come_back(bare, options, words):
+    manifest = {**bare.manifest, "options": {**bare.manifest["options"], **options}}
+    command = compile_command(replace(bare, manifest=manifest))
+    assert words in command
+    assert ("--calibration " in command) == options.get("quantize", True)
+    cli._parser().parse_args(shlex.split(command)[1:])
+
+
+def test_masks_of_a_side_file_come_back(bare):
+    layers = [{**entry, "pruned_by": "side file masks.npz"} for entry in bare.manifest["layers"]]
+    assert compile_command(replace(bare, manifest={**bare.manifest, "layers": layers})).count("--masks masks.npz") == 1
