@@ -36,7 +36,7 @@ def inverse_factor(gram: np.ndarray) -> np.ndarray:
     """
     # With the order reversed a lower factor of G turns into the upper one of its inverse.
     lower = np.linalg.cholesky(gram[::-1, ::-1])
-    return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1])
+    return np.triu(np.linalg.inv(lower)[::-1, ::-1])
 
 
 def sparsegpt(weight: np.ndarray, gram: np.ndarray, units: Sequence[slice], pick: Pick) -> np.ndarray:
