@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from pumice.passes.sparsity import describe, is_depthwise
 from pumice.passes.statistics import Moments, input_moments
 
 Progress = Callable[[int, int], None]
+
+_MOST_STAGES = 12  # each runs all samples through the network once more
 
 
 @tvm.transform.module_pass(opt_level=0, name="pumice.Prune")
@@ -136,9 +139,10 @@ def _prune(
 
 
 def _stages(mod: IRModule, layers: Sequence[Layer]) -> list[set[str]]:
-    """The layers to prune, by name, block by block of the network."""
+    """The layers to prune, by name, block by block of the network; in a deep one, several blocks at once."""
     names = {layer.name for layer in layers}
-    stages = [{layer.name for layer in segment.layers} & names for segment in segments(mod)]
+    cut = segments(mod, least=math.ceil(len(find_layers(mod)) / _MOST_STAGES))
+    stages = [{layer.name for layer in segment.layers} & names for segment in cut]
     return [stage for stage in stages if stage]
 
 

@@ -1,0 +1,127 @@
+"""Trained networks with real data: what is measured when accuracy counts.
+
+A ``Task`` has the network's module, samples to calibrate on, and a measure of a module, run by Pumice's own kernels on
+data that calibration never saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from tvm.ir import IRModule
+
+from bench import engines
+from bench.data_pictures import read_pictures, split
+from bench.data_texts import calibration_texts, draw, read_snippets, read_word_pairs
+from pumice.demo.run import read_data
+from pumice.frontend import read_model
+from pumice.passes.evaluate import Evaluator
+
+Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
+
+_TOKENS = 64  # no text of the data is longer by much, and padding tells nothing
+_CALIBRATE = 256
+_REVIEWS = 500
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, ``measure(run)`` of any form of it, and the name of the measure that counts most."""
+
+    mod: IRModule
+    calibration: Mapping[str, np.ndarray]
+    measure: Callable[[Run], dict[str, float]]
+    main: str
+
+
+def evaluate(task: Task, mod: IRModule) -> dict[str, float]:
+    """The measures of ``mod``, a form of the task's network with its first output."""
+    evaluator = Evaluator(mod)
+    return task.measure(lambda feed: next(iter(evaluator.run(feed).values())))
+
+
+def demo(folder: Path) -> Task:
+    """The dense demo network on Fashion-MNIST: 2,000 test images, calibrated on 256 training images."""
+    with TemporaryDirectory(prefix="pumice-") as scratch:
+        data = read_data(Path(str(files("pumice.demo"))), Path(scratch))
+        mod = read_model(data.models["dense"], {"image": (1, 1, 28, 28)})
+
+    def measure(run: Run) -> dict[str, float]:
+        logits = _all(run, {"image": data.test_images})
+        return {"top-1": float(np.mean(logits.argmax(1) == data.test_labels))}
+
+    return Task(mod, {"image": data.calibration_images[:_CALIBRATE]}, measure, "top-1")
+
+
+def mobilenet(folder: Path) -> Task:
+    """MobileNetV2 on photographs: how often it names the class that the dense float network names."""
+    from bench.mobilenet import agreement, load_network
+
+    network = load_network(folder)
+    calibrating, tested = split(read_pictures(folder).values())
+    reference = engines.torch_engine(network).run_all({"image": tested})
+    mod = _exported(network, {"image": tested[:1]})
+
+    def measure(run: Run) -> dict[str, float]:
+        return agreement(_all(run, {"image": tested}), reference)
+
+    return Task(mod, {"image": calibrating[:128]}, measure, "top-1 as float")
+
+
+def minilm(folder: Path) -> Task:
+    """MiniLM-L6 at 64 tokens: Spearman's correlation with people on WordSim-353, cosine to the dense embedding, and a
+    head that was trained on dense embeddings, on 500 film reviews."""
+    from bench.sentence_encoder import load_network, tokenize, word_correlation
+
+    network, tokenizer = load_network(folder)
+    tokenizer.enable_truncation(_TOKENS)
+    tokenizer.enable_padding(length=_TOKENS)
+    pairs = read_word_pairs(folder)
+    everything = {word for each in pairs.values() for word in each.words()}
+    texts = calibration_texts(folder, _CALIBRATE // 2, _CALIBRATE // 2, everything)
+    calibration = tokenize(tokenizer, texts)
+    learned, held = draw(read_snippets(folder, "movieReview"), 2000, _REVIEWS)
+    dense = engines.torch_engine(network)
+    head = LogisticRegression(C=10.0, max_iter=1000).fit(
+        _all(dense.run, tokenize(tokenizer, learned.text)), learned.labels()
+    )
+    wordsim = pairs["WordSim-353"]
+    words, feed = wordsim.words(), tokenize(tokenizer, held.text)
+    word_feed, reference = tokenize(tokenizer, words), _all(dense.run, feed)
+
+    def measure(run: Run) -> dict[str, float]:
+        reviews = _all(run, feed)
+        found = dict(zip(words, _all(run, word_feed), strict=True))
+        return {
+            "WordSim-353": word_correlation(wordsim, found),
+            "cosine": float((reviews * reference).sum(1).mean()),
+            "film reviews": float(np.mean(head.predict(reviews) == held.labels())),
+        }
+
+    return Task(_exported(network, next(engines.samples_of(calibration))), calibration, measure, "WordSim-353")
+
+
+TASKS: dict[str, Callable[[Path], Task]] = {"demo": demo, "minilm": minilm, "mobilenet": mobilenet}
+
+
+def add_task_options(parser: argparse.ArgumentParser) -> None:
+    """``--data``, ``--networks`` and ``--json``."""
+    parser.add_argument("--data", type=Path, required=True, help="folder of the downloaded packages (bench/README.md)")
+    parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
+
+
+def _exported(network: object, sample: Mapping[str, np.ndarray]) -> IRModule:
+    with TemporaryDirectory(prefix="pumice-") as scratch:
+        path = engines.export(network, sample, Path(scratch, "model.onnx"))  # type: ignore[arg-type]
+        return read_model(path, None)
+
+
+def _all(run: Run, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+    return np.concatenate([run(sample) for sample in engines.samples_of(feed)])
