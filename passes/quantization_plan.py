@@ -50,6 +50,7 @@ class QuantizeSpec:
     """What the user decides about quantization."""
 
     keep_float: tuple[str, ...] = ()  # layer name patterns (``*``, ``?``, ``[...]``) that stay float
+    reasons: Mapping[str, str] = field(default_factory=dict)  # more layers that do, by their full names, and why
 
 
 @dataclass
@@ -150,6 +151,8 @@ def _why_float(
     pattern = next((p for p in spec.keep_float if fnmatchcase(layer.name, p)), None)
     if pattern is not None:
         return f"kept float by the pattern {pattern!r}"
+    if layer.name in spec.reasons:
+        return spec.reasons[layer.name]
     if layer.data not in graph.activations:
         return "its data is a constant"
     if graph.op(layer.data) == "dequantize":
