@@ -74,7 +74,9 @@ def compile_model(
     keep_float: Sequence[str] | None = None,
     quantize: bool | None = None,
     calibration_method: str | None = None,
-    smooth: float | None = None,
+    permute: bool | None = None,
+    reconstruct: int | None = None,
+    smooth: float | str | None = None,
     equalize: bool | None = None,
     rounding: str | None = None,
     correct_bias: bool | None = None,
@@ -95,15 +97,16 @@ def compile_model(
     of them.
 
     ``recipe`` (or its file) says what becomes of the numbers; the arguments named like its fields, where they are not
-    None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``keep_float``,
-    the layers, by name pattern, that stay float32; ``quantize``, ``calibration_method``, ``smooth``, ``equalize``,
-    ``rounding``, ``correct_bias``. ``measure_errors`` gives the report each layer's SNR, by the calibration data.
+    None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``permute``;
+    ``reconstruct``; ``keep_float``, the layers, by name pattern, that stay float32; ``quantize``;
+    ``calibration_method``; ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the
+    report each layer's errors, by the calibration data.
 
     ``tuning_db`` is a file of ``pumice tune``, whose times decide on the kernels of the layers that it has; ``threads``
     is what the library runs on by default (None: one for each core). ``libc`` is the box's C library: ``glibc-2.28``
     (any version), ``musl``, or None, the one that this system's compiler links against. ``check`` stores the first
     calibration sample (without any, seeded noise) in the library, with a checksum of what every kernel makes of it, for
-    ``pumice verify``. ``emit_onnx`` is where the pruned and quantized model is also written as ONNX, for other runtimes.
+    ``pumice verify``. ``emit_onnx`` is where the pruned and quantized model is written too, as ONNX for other runtimes.
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
@@ -114,6 +117,8 @@ def compile_model(
         keep_float=keep_float,
         quantize=quantize,
         calibration_method=calibration_method,
+        permute=permute,
+        reconstruct=reconstruct,
         smooth=smooth,
         equalize=equalize,
         rounding=rounding,

@@ -20,14 +20,22 @@ from pumice.passes.correct_bias import CorrectBias
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.equalize import EqualizeChannels
 from pumice.passes.evaluate import SharedEvaluator
+from pumice.passes.keep_float import within_budget
 from pumice.passes.layer_error import RecordLayerErrors, layer_results
 from pumice.passes.layers import find_layers
+from pumice.passes.permute_channels import PermuteChannels
 from pumice.passes.prune import Prune
+from pumice.passes.prune_spec import Filters, Heads
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
+from pumice.passes.reconstruct import Reconstruct, ReconstructSpec
+from pumice.passes.remove_filters import RemoveFilters
+from pumice.passes.remove_heads import RemoveHeads
 from pumice.passes.round_weights import RoundWeights
 from pumice.passes.simplify import SimplifyModel
+from pumice.passes.smooth_activations import SmoothActivations
 from pumice.passes.sparsity import RecordLayers
+from pumice.passes.split_errors import SplitErrors
 from pumice.recipe import Recipe
 from pumice.stages import Stages
 
@@ -60,31 +68,55 @@ def prepare(
     with tvm.transform.PassContext(opt_level=3, instruments=[NoPrunedWeightCameBack()]):
         with stage("simplify"):
             mod = _apply(mod, SimplifyModel(), RecordLayers())
-        mod = _pruned(mod, recipe, calibration, stage)
+        mod = _pruned(mod, recipe, calibration, stage, measure_errors)
         return _quantized(mod, recipe, calibration, stage, measure_errors) if recipe.quantize else mod
 
 
-def _pruned(mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages) -> IRModule:
-    for spec in recipe.prune:
+def _pruned(
+    mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
+) -> IRModule:
+    removals = [spec for spec in recipe.prune if isinstance(spec, Filters | Heads)]
+    zeroing = [spec for spec in recipe.prune if not isinstance(spec, Filters | Heads)]
+    for spec in removals:
+        remove = RemoveFilters if isinstance(spec, Filters) else RemoveHeads
+        with stage(f"remove {spec}"):
+            mod = _apply(mod, remove(spec, calibration))
+    if recipe.permute:
+        with stage("order channels"):
+            mod = _apply(mod, PermuteChannels(zeroing, calibration))
+    dense = mod  # of the final shapes and order, so that the pruned one can be compared with it
+    for spec in zeroing:
         with stage(f"prune {spec}"):
             mod = _apply(mod, Prune(spec, calibration))
+    if recipe.reconstruct and zeroing:
+        options = ReconstructSpec(recipe.reconstruct, int8=recipe.quantize, whole=recipe.reconstruct_whole)
+        with stage(f"reconstruct blocks ({recipe.reconstruct} steps)"):
+            samples = _needed(mod, calibration, "reconstruction trains on")
+            mod = _apply(mod, Reconstruct(dense, samples, options, QuantizeSpec(recipe.keep_float)))
+    if zeroing and measure_errors and calibration is not None:
+        with stage("measure what pruning did to each layer"):
+            mod = _apply(mod, SplitErrors(dense, calibration))
     return mod
 
 
 def _quantized(
     mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
 ) -> IRModule:
-    spec = QuantizeSpec(keep_float=recipe.keep_float)
+    spec = QuantizeSpec(recipe.keep_float)
     if calibration is None:
         if plan_quantization(mod, spec).layers:
-            raise UsageError(
-                f"{source_of(mod)}: quantizing to int8 needs calibration data, one array an input with a few hundred "
-                "samples; give --calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
-            )
+            _needed(mod, calibration, "quantizing to int8 needs")
         return _apply(mod, Quantize(spec))
+    if recipe.smooth:
+        with stage("smooth activations"):
+            mod = _apply(mod, SmoothActivations(calibration, recipe.smooth))
     if recipe.equalize:
         with stage("equalize channels"):
             mod = _apply(mod, EqualizeChannels(calibration))
+    if recipe.float_budget:
+        with stage(f"choose layers that stay float (at most {recipe.float_budget:.0%} of the work)"):
+            method, correct = recipe.calibration_method, recipe.correct_bias
+            spec = within_budget(mod, calibration, recipe.float_budget, spec, method, correct)
     original = mod
     if recipe.rounding == "gptq":
         with stage("round weights (gptq)"):
@@ -100,7 +132,17 @@ def _quantized(
     if not measure_errors:
         return mod
     with stage("measure the error of each layer"):
-        return _apply(mod, RecordLayerErrors(original, calibration, _error_samples(mod), evaluator))
+        errors = RecordLayerErrors(original, calibration, _error_samples(mod), evaluator)
+        return _apply(mod, errors, SplitErrors(original, calibration, evaluator=evaluator))
+
+
+def _needed(mod: IRModule, calibration: Samples | None, why: str) -> Samples:
+    if calibration is None:
+        raise UsageError(
+            f"{source_of(mod)}: {why} calibration data, one array an input with a few hundred samples; give "
+            "--calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
+        )
+    return calibration
 
 
 def _observed_later(mod: IRModule, recipe: Recipe, measure_errors: bool) -> list[relax.Var]:

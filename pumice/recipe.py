@@ -30,11 +30,12 @@ class Recipe:
 
     prune: tuple[PruneSpec, ...] = ()  # one after the other
     permute: bool = False  # order channels so that what is pruned lies together
-    reconstruct: int = 0  # steps of training each block towards the dense one's outputs on calibration data
+    reconstruct: int = 0  # steps of training each block towards what the dense one gives on calibration data
+    reconstruct_whole: bool = False  # and then as many of the network as a whole
     quantize: bool = True
     keep_float: tuple[str, ...] = ()  # name patterns of layers that stay float32
     float_budget: float = 0.0  # share of the multiply-adds that may stay float32, where int8 does the most harm
-    smooth: float = 0.0  # SmoothQuant's strength, 0 to 1; 0: none
+    smooth: float | str = 0.0  # SmoothQuant's strength, 0 to 1, or "search", one for each tensor; 0: none
     equalize: bool = True
     calibration_method: str = "minmax"
     rounding: str = "nearest"
@@ -47,8 +48,11 @@ class Recipe:
         if self.rounding not in ROUNDINGS:
             raise UsageError(f"no rounding {self.rounding!r}; there are {', '.join(ROUNDINGS)}")
         for name, most in (("smooth", 1.0), ("float_budget", 1.0), ("reconstruct", 1e9)):
-            if not 0 <= getattr(self, name) <= most:
-                raise UsageError(f"{name} {getattr(self, name):g} is not between 0 and {most:g}")
+            if name == "smooth" and self.smooth == "search":
+                continue
+            value = getattr(self, name)
+            if isinstance(value, str) or not 0 <= value <= most:
+                raise UsageError(f"{name} {value} is not between 0 and {most:g}")
 
     def but(self, **changes: Any) -> Recipe:
         """The recipe with the ``changes`` that are not None; ``prune`` may be text, a spec, or several."""
@@ -113,6 +117,8 @@ def _specs(given: str | PruneSpec | Sequence[str | PruneSpec]) -> tuple[PruneSpe
 def _fits(value: Any, kind: type) -> bool:
     if kind is tuple:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if value == "search":  # of smooth; others refuse it themselves
+        return kind is not tuple
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is kind

@@ -50,10 +50,21 @@ def add_parser(commands: Commands) -> None:
         help="how a range is chosen: minmax (default), percentile, entropy or mse",
     )
     parser.add_argument(
+        "--permute", action="store_true", default=None, help="order channels so that what is pruned lies together"
+    )
+    parser.add_argument(
+        "--reconstruct",
+        type=int,
+        metavar="STEPS",
+        help="train each block of the pruned network towards what the dense one gives on the calibration data (needs "
+        "`pip install 'pumice[torch]'`)",
+    )
+    parser.add_argument(
         "--smooth",
-        type=float,
+        type=_strength,
         metavar="STRENGTH",
-        help="let weights take over what is uneven in transformers' activations: 0.5 is usual (SmoothQuant)",
+        help="let weights take over what is uneven in transformers' activations (SmoothQuant): 0 to 1, 0.5 is usual, "
+        "or search, one for each tensor",
     )
     parser.add_argument(
         "--rounding",
@@ -93,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
         args.model,
         target=args.target,
         calibration_method=args.calibration_method,
+        permute=args.permute,
+        reconstruct=args.reconstruct,
         smooth=args.smooth,
         rounding=args.rounding,
         equalize=False if args.no_equalize else None,
@@ -112,3 +125,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(artifact.report(terminal_width()))
     print(f"library: {clean(str(output))}, {format_bytes(size)}")
+
+
+def _strength(text: str) -> float | str:
+    return text if text == "search" else float(text)
