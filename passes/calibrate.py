@@ -19,6 +19,7 @@ from pumice.module import inputs_of, source_of
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.observers import OBSERVERS, Observer, affine_uint8
+from pumice.passes.padding import real_positions, token_mask
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 
 _RANGES = "pumice.ranges"
@@ -40,7 +41,8 @@ class Calibrate:
     ``samples`` holds one array per input, cut along its first axis into pieces of that input's first dimension:
     ``[300, 3, 224, 224]`` for an input of ``1x3x224x224`` is 300 samples. They are run one at a time.
     ``method`` is one of minmax, percentile, entropy, mse (see ``observers``); ``progress(done, total)`` is called
-    after each sample. The graph itself stays as it is. ``evaluator`` is what other passes run the same module with.
+    after each sample. Padding tokens (see ``padding``) do not count. The graph itself stays as it is. ``evaluator``
+    is what other passes run the same module with.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class Calibrate:
         return with_ranges(mod, ranges)
 
     def _run(self, mod: IRModule, samples: Samples, observers: dict[relax.Var, Observer]) -> None:
-        evaluator = self.evaluator.of(mod, list(observers))
+        evaluator, mask = self.evaluator.of(mod, list(observers)), token_mask(mod)
         for done, sample in enumerate(samples, start=1):
             values = evaluator.observe(sample, list(observers))
+            real = None if mask is None else np.asarray(sample[mask], bool)
             for observer, value in zip(observers.values(), values, strict=True):
                 try:
-                    observer.observe(value)
+                    observer.observe(real_positions(value, real) if value.ndim else value)
                 except ModelError as error:
                     raise ModelError(f"{source_of(mod)}: calibration sample {done}: {error}") from None
             if self.progress is not None:

@@ -27,9 +27,9 @@ from pumice.passes.calibrate import Affine, Samples
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import Evaluator
 from pumice.passes.layers import Layer, find_layers
+from pumice.passes.padding import real_positions, token_mask
 from pumice.passes.rewriting import Rewriter, rewrite
 from pumice.passes.rounding import dequantized_weight
-from pumice.passes.statistics import real_positions, token_mask
 
 
 def output_noise(

@@ -30,10 +30,10 @@ from pumice.passes.equalize import find_streams, is_scalable, produced, scaled
 from pumice.passes.evaluate import Evaluator
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.observers import affine_uint8
+from pumice.passes.padding import real_positions, token_mask
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.rewriting import Rewriter, rewrite, shape_of
 from pumice.passes.rounding import rounded_tensor, rounded_weight
-from pumice.passes.statistics import real_positions, token_mask
 from pumice.passes.views import view
 
 # What the search tries; besides, leaving the tensor as it is.

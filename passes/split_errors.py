@@ -18,10 +18,11 @@ from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.layer_error import decibels
 from pumice.passes.layers import Layer, find_layers
+from pumice.passes.padding import real_positions, token_mask
 from pumice.passes.rewriting import shape_of
 from pumice.passes.rounding import dequantized_weight, rounded_tensor
 from pumice.passes.smooth_activations import find_smoothable
-from pumice.passes.statistics import real_positions, token_mask, unfold
+from pumice.passes.statistics import unfold
 from pumice.record import LayerRecord
 
 _WORST = 5  # layers that get a sentence

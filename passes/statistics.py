@@ -16,11 +16,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from tvm.ir import IRModule
 
-from pumice.module import inputs_of
 from pumice.passes.calibrate import Samples
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import Evaluator
 from pumice.passes.layers import Layer, find_layers
+from pumice.passes.padding import real_positions, token_mask
 from pumice.passes.rewriting import shape_of
 
 _MOST_POSITIONS = 4096  # of one sample that are looked at; neighbours in a picture tell much the same
@@ -80,28 +80,6 @@ def input_moments(
             progress(done, len(picked))
     found = {key: gatherer.moments() for key, gatherer in gatherers.items()}
     return {name: found[key] for name, key in keys.items()}
-
-
-def token_mask(mod: IRModule) -> str | None:
-    """The input that says which tokens are real: of integers or booleans, ``[batch, tokens]``, with "mask" in its name.
-
-    That is what exporters of transformers call it (``attention_mask``); None where there is no such input.
-    """
-    for var in inputs_of(mod):
-        if "mask" in var.name.lower() and len(shape_of(var)) == 2 and str(var.ty.dtype) in ("int64", "int32", "bool"):
-            return str(var.name)
-    return None
-
-
-def real_positions(value: np.ndarray, real: np.ndarray | None) -> np.ndarray:
-    """``value [batch, tokens, C]`` as ``[positions, C]`` without padding; other shapes lose nothing.
-
-    ``real`` is what ``token_mask`` names, bool ``[batch, tokens]``. A sample of nothing but padding stays whole.
-    """
-    flat = value.reshape(-1, value.shape[-1])
-    if real is None or value.ndim != 3 or value.shape[:2] != real.shape or not real.any():
-        return flat
-    return flat[real.reshape(-1)]
 
 
 def output_error(before: np.ndarray, after: np.ndarray, moments: Moments) -> float:

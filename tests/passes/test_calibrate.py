@@ -177,3 +177,13 @@ class TestReadCalibration:
         np.savez(tmp_path / "data.npz", x=np.zeros((2, 5), "f"))
         with pytest.raises(ModelError, match=r"data\.npz: array 'x' has shape 2x5"):
             read_calibration(tmp_path / "data.npz", identity_then_linear())
+
+
+def test_padding_tokens_widen_no_range():
+    net = Network()
+    x = net.input("x", (1, 3, 4))
+    net.input("attention_mask", (1, 3), "int64")
+    mod = net.finish(y=net.linear("fc", x, 3))
+    samples = {"x": np.ones((2, 3, 4), np.float32), "attention_mask": np.array([[1, 1, 0], [1, 0, 0]])}
+    samples["x"][0, 2], samples["x"][1, 1:] = 100, -100
+    assert ranges_of(Calibrate(samples, "minmax")(mod)) == {"x": Affine(float(np.float32(1 / 255)), 0)}

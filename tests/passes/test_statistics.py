@@ -6,7 +6,8 @@ from tvm.relax import op as R
 from pumice.errors import ModelError
 from pumice.module import weights_of
 from pumice.passes.layers import find_layers
-from pumice.passes.statistics import Moments, input_moments, output_error, real_positions, token_mask
+from pumice.passes.padding import real_positions, token_mask
+from pumice.passes.statistics import Moments, input_moments, output_error
 
 
 def windows(image, kernel, stride, padding, dilation=1):
