@@ -20,6 +20,7 @@ from pumice.passes.prune import Prune
 from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, parse_prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
+from pumice.passes.reconstruct import Reconstruct, ReconstructSpec
 from pumice.passes.remove_identities import RemoveIdentities
 from pumice.passes.simplify import SimplifyModel, simplification_passes
 from pumice.passes.sink_below_dequantize import SinkBelowDequantize
@@ -55,6 +56,8 @@ __all__ = [
     "PruneSpec",
     "Quantize",
     "QuantizeSpec",
+    "Reconstruct",
+    "ReconstructSpec",
     "RecordLayerErrors",
     "RecordLayers",
     "RemoveIdentities",
