@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from bench.data_packages import find_package, read_tar, read_wheel
 
 SEED = 20240817
 _WORD = re.compile(r"[a-z]{3,12}")
+_SETS = {
+    "movieReview": "movieReviewSnippets",
+    "amazonReview": "amazonReviewSnippets",
+    "nytEditorial": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ def parse_word_pairs(table: str) -> WordPairs:
 
 
 def read_snippets(folder: Path, kind: str) -> Snippets:
-    """One set of vaderSentiment's source distribution: ``movieReview``, ``amazonReview`` or ``nytEditorial``."""
+    """One set of vaderSentiment's distribution: ``movieReview``, ``amazonReview``, ``nytEditorial`` or ``tweets``."""
     source = find_package(folder, "vaderSentiment-*.tar.gz").read_bytes()
     inner = read_tar(source, "/hutto_ICWSM_2014.tar.gz")
-    return parse_snippets(read_tar(inner, f"/{kind}Snippets_GroundTruth.txt").decode("utf-8"))
+    return parse_snippets(read_tar(inner, f"/{_SETS[kind]}_GroundTruth.txt").decode("utf-8"))
 
 
 def parse_snippets(table: str) -> Snippets:
@@ -79,6 +86,17 @@ def draw(snippets: Snippets, train: int, test: int) -> tuple[Snippets, Snippets]
     return learned, held
 
 
+def unlabelled_texts(folder: Path, excluded: set[str]) -> list[str]:
+    """Every sentence of the four sets once, in their order, but for those ``excluded``; ratings are not used."""
+    texts = dict.fromkeys(text for kind in _SETS for text in read_snippets(folder, kind).text)
+    return [text for text in texts if text not in excluded]
+
+
+def vocabulary(texts: Iterable[str], excluded: set[str]) -> list[str]:
+    """Every word of the texts that has 3 to 12 small letters and is not ``excluded``, sorted."""
+    return sorted({word for text in texts for word in _WORD.findall(text)} - excluded)
+
+
 def calibration_texts(folder: Path, sentences: int, words: int, evaluated: set[str]) -> list[str]:
     """Sentences of newspaper and shop reviews, then single words out of them that are not in ``evaluated``.
 
@@ -87,5 +105,5 @@ def calibration_texts(folder: Path, sentences: int, words: int, evaluated: set[s
     texts = read_snippets(folder, "nytEditorial").text + read_snippets(folder, "amazonReview").text
     generator = np.random.default_rng(SEED)
     drawn = [texts[i] for i in generator.choice(len(texts), sentences, replace=False)]
-    vocabulary = sorted({word for text in texts for word in _WORD.findall(text)} - evaluated)
-    return drawn + [vocabulary[i] for i in generator.choice(len(vocabulary), words, replace=False)]
+    single = vocabulary(texts, evaluated)
+    return drawn + [single[i] for i in generator.choice(len(single), words, replace=False)]

@@ -144,20 +144,32 @@ def _pow(bb: relax.BlockBuilder, inputs: list[relax.Expr], attrs: dict[str, Any]
 
 
 def _pad(bb: relax.BlockBuilder, inputs: list[relax.Expr], attrs: dict[str, Any]) -> relax.Expr | None:
-    """``R.nn.pad`` for constant padding, so that passes see it."""
+    """``R.nn.pad``, so that passes see it."""
     pads = _literal(inputs[1]) if len(inputs) > 1 else None
-    mode = attrs.get("mode", b"constant").decode()
-    if pads is None or mode != "constant" or (len(inputs) > 3 and inputs[3] is not None):
+    if pads is None or (len(inputs) > 3 and inputs[3] is not None):
         return None
     value = np.zeros((), np.float32) if len(inputs) < 3 or inputs[2] is None else _literal(inputs[2])
     if value is None:
         raise ValueError("its padding value is computed while running")
     before, after = np.split(pads, 2)
-    return relax.op.nn.pad(inputs[0], np.stack([before, after], 1).ravel().tolist(), "constant", value.item())
+    mode = _PAD_MODES[attrs.get("mode", b"constant").decode()]
+    return relax.op.nn.pad(inputs[0], np.stack([before, after], 1).ravel().tolist(), mode, value.item())
 
 
-def _extreme(combine: Callable[[Any, Any], Any], identity: float) -> Converter:
-    """ReduceMax and ReduceMin of float32 with the infinite identity: TVM's own is finite, wrong on rows of -inf."""
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
+def _tile(bb: relax.BlockBuilder, inputs: list[relax.Expr], attrs: dict[str, Any]) -> relax.Expr | None:
+    """``R.tile``, so that passes see it."""
+    repeats = _literal(inputs[1])
+    return None if repeats is None else relax.op.tile(inputs[0], repeats.ravel().tolist())
+
+
+def _extreme(operator: str, combine: Callable[[Any, Any], Any], identity: float) -> Converter:
+    """ReduceMax and ReduceMin of float32 with the infinite identity: TVM's own is finite, wrong on rows of -inf.
+
+    The function that computes it says what it is in the attributes ``pumice.reduce``, ``axes`` and ``keepdims``.
+    """
 
     def convert(bb: relax.BlockBuilder, inputs: list[relax.Expr], attrs: dict[str, Any]) -> relax.Expr | None:
         if str(inputs[0].ty.dtype) != "float32":
@@ -172,7 +184,13 @@ def _extreme(combine: Callable[[Any, Any], Any], identity: float) -> Converter:
             return inputs[0]
         axes = sorted(axis % rank for axis in axes) or list(range(rank))
         kept = bool(attrs.get("keepdims", 1))
-        return bb.emit_te(lambda x: _reduce(x, axes, kept, combine, identity), inputs[0])
+        meaning = {"pumice.reduce": operator, "axes": axes, "keepdims": kept}
+        return bb.emit_te(
+            lambda x: _reduce(x, axes, kept, combine, identity),
+            inputs[0],
+            primfunc_name_hint=f"reduce_{operator}",
+            primfunc_attrs=meaning,
+        )
 
     return convert
 
@@ -211,7 +229,8 @@ CONVERTERS: dict[str, Converter] = {
     "Min": _pairwise(relax.op.minimum),
     "Pad": _pad,
     "Pow": _pow,
-    "ReduceMax": _extreme(lambda a, b: tvm.tirx.Max(a, b), -np.inf),
-    "ReduceMin": _extreme(lambda a, b: tvm.tirx.Min(a, b), np.inf),
+    "ReduceMax": _extreme("max", lambda a, b: tvm.tirx.Max(a, b), -np.inf),
+    "ReduceMin": _extreme("min", lambda a, b: tvm.tirx.Min(a, b), np.inf),
     "Sum": _pairwise(relax.op.add),
+    "Tile": _tile,
 }

@@ -44,7 +44,7 @@ def read_torch(module: torch.nn.Module, inputs: Inputs) -> IRModule:
     UnsupportedError for one that cannot be traced or that has an operator which cannot be imported.
     """
     source = type(module).__name__
-    frozen = _frozen_copy(module, source)
+    frozen = frozen_copy(module, source)
     masks = materialise_masks(frozen, source)
     args, kwargs = _bound(inputs, frozen, source)
     program = _export(frozen, args, kwargs, source)
@@ -65,7 +65,7 @@ def read_pt2(path: str | Path, inputs: Mapping[str, tuple[int, ...]] | None = No
     return import_program(program, source)
 
 
-def _frozen_copy(module: torch.nn.Module, source: str) -> torch.nn.Module:
+def frozen_copy(module: torch.nn.Module, source: str) -> torch.nn.Module:
     """A copy in evaluation mode, on the CPU, in float32."""
     # A pruned module keeps `weight_orig * weight_mask` as a plain attribute, which deepcopy refuses because autograd
     # made it: such tensors are handed over already copied.

@@ -150,7 +150,6 @@ class _Walk:
             "nn.prelu": self._prelu,
             "nn.attention": self._attention,
             "nn.attention_bias": self._attention,
-            "nn.pixel_shuffle": self._pixel_shuffle,
             "nn.pad": self._pad,
             "permute_dims": self._permute_dims,
             "concat": self._concat,
@@ -162,8 +161,11 @@ class _Walk:
 
     def _output(self, var: relax.Var, labels: np.ndarray) -> None:
         """An output can be put back into its order behind everything else, if nothing else reads it."""
+        if isinstance(self.graph.value.get(var), relax.Var):
+            return  # another name of what is an output itself
         self._mix(labels, _OUTPUT)
-        if self.graph.users[var] or single_axis(labels) is None:
+        readers = [user for user in self.graph.users[var] if isinstance(self.graph.value[user], relax.Call)]
+        if readers or single_axis(labels) is None:
             self._fix(labels, _OUTPUT)
         else:
             self.found.outputs.append(var)
@@ -326,16 +328,6 @@ class _Walk:
         if labels is None or (str(call.attrs.layout) == "NCHW" and _labelled(labels) == [1]):
             return labels
         return self._unknown(var, call)
-
-    def _pixel_shuffle(self, var: relax.Var, call: relax.Call) -> np.ndarray | None:
-        labels = self.found.tensors.get(call.args[0])
-        if labels is None:
-            return None
-        if _labelled(labels) != [1]:
-            return self._unknown(var, call)
-        squares = labels.reshape(-1, int(call.attrs.upscale_factor) ** 2)
-        self._meet(squares, squares[:, :1])
-        return squares[:, 0].reshape(1, -1, 1, 1)
 
     def _pad(self, var: relax.Var, call: relax.Call) -> np.ndarray | None:
         labels = self.found.tensors.get(call.args[0])

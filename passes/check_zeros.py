@@ -13,6 +13,7 @@ from pumice.errors import ModelError
 from pumice.module import source_of, weight_vars_of
 from pumice.passes.numpy_operators import MOVES, move
 from pumice.passes.rewriting import op_name
+from pumice.passes.source_order import in_source_order, source_orders_of
 
 _LAYERS = {"relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv3d"}
 # What may stand between a weight and its layer. Anything else is an activation, whose whole past nobody needs to walk.
@@ -27,7 +28,8 @@ class NoPrunedWeightCameBack:
     After every pass on a module in Pumice's form, the weight of each layer is compared with the weight of the same
     name before the pass: what was zero must be zero. Compared is what the layer multiplies by, as rows: so a mask
     that is multiplied in, a transposition that moves into the weight, a conv1d that turns conv2d and a weight that
-    turns int8 are all seen through. Biases are no weights in this sense. Weights whose tensor is the same object
+    turns int8 are all seen through, and channels that a pass put in another order, and said so, are compared in that of
+    the source. Biases are no weights in this sense. Weights whose tensor is the same object
     as before cost nothing. Raises ModelError that names the pass and the weight, and for a malformed module.
     """
 
@@ -87,6 +89,7 @@ def _layer_zeros(mod: IRModule, names: set[str]) -> dict[str, np.ndarray]:
     stored = mod.attrs["pumice.weights"]
     sources = {var: var.name for var in weight_vars_of(mod) if var.name in stored}
     bound = {b.var: b.value for block in mod["main"].body.blocks for b in block.bindings}
+    orders = source_orders_of(mod)
     zeros: dict[str, np.ndarray] = {}
     for value in bound.values():
         if op_name(value) not in _LAYERS:
@@ -95,7 +98,7 @@ def _layer_zeros(mod: IRModule, names: set[str]) -> dict[str, np.ndarray]:
         if name in names and name not in zeros:
             zero = _zeros(value.args[1], bound, sources, stored)
             if zero is not None:
-                zeros[name] = _rows(zero, op_name(value))
+                zeros[name] = in_source_order(_rows(zero, op_name(value)), orders.get(name, {}))
     return zeros
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+import tvm
 from tvm.ir import IRModule
 
 from pumice.passes.calibrate import Calibrate
@@ -42,10 +43,10 @@ def within_budget(
     total = sum(layer.macs for layer in layers)
     if budget <= 0 or total == 0:
         return spec
-    trial = Quantize(spec)(Calibrate(samples, method, spec, evaluator=evaluator)(mod))
+    steps = [Calibrate(samples, method, spec, evaluator=evaluator), Quantize(spec)]
     if correct_bias:
-        trial = CorrectBias(mod, samples, evaluator=evaluator)(trial)
-    noise = output_noise(mod, trial, samples, limit, progress)
+        steps.append(CorrectBias(mod, samples, evaluator=evaluator))
+    noise = output_noise(mod, tvm.transform.Sequential(steps)(mod), samples, limit, progress)
     chosen = choose_float(noise, {layer.name: layer.macs / total for layer in layers}, budget)
     return replace(spec, reasons={**spec.reasons, **chosen})
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil
-from typing import Literal
 
 import numpy as np
 import tvm
@@ -75,9 +74,7 @@ class SmoothActivations:
     another strength, ModelError where the samples do not fit the model.
     """
 
-    def __init__(
-        self, samples: Mapping[str, np.ndarray], strength: float | Literal["search"] = 0.5, limit: int = 256
-    ) -> None:
+    def __init__(self, samples: Mapping[str, np.ndarray], strength: float | str = 0.5, limit: int = 256) -> None:
         if strength != "search" and not (isinstance(strength, int | float) and 0 <= strength <= 1):
             raise UsageError(f"strength {strength!r} of smoothing is neither a number from 0 to 1 nor 'search'")
         self.samples = samples
@@ -127,7 +124,7 @@ class SmoothActivations:
 
     def _choose(self, one: Smoothable, seen: Observed, weights: list[np.ndarray]) -> tuple[float | None, np.ndarray]:
         """The strength, None for no smoothing, and the factor of each channel."""
-        if self.strength != "search":
+        if not isinstance(self.strength, str):
             return self.strength, smoothing_factors(seen.largest, weights, self.strength, one.channels)
         plain = np.ones(len(one.channels))
         best: tuple[float | None, np.ndarray] = None, plain
@@ -201,7 +198,8 @@ def smoothing_factors(
         # Nothing reads such a channel, but it would still widen the tensor's range.
         unread = (reached > 0) & (read == 0) & np.isfinite(reached)
         factors[unread] = np.maximum(1, reached[unread] / np.median(reached[alive] / factors[alive]))
-    return factors[channels]
+    result: np.ndarray = factors[channels]
+    return result
 
 
 def rounding_error(layers: list[Layer], weights: list[np.ndarray], seen: Observed, factors: np.ndarray) -> float:
@@ -278,7 +276,10 @@ def _origin(graph: Dataflow, tensor: relax.Var, results: Mapping[relax.Var, Laye
 
 def _scaled_operand(graph: Dataflow, var: relax.Var, results: Mapping[relax.Var, Layer]) -> relax.Var | None:
     """The operand whose channels, multiplied by positive factors, multiply those of ``var``; None if there is none."""
-    call, operator = graph.value.get(var), graph.op(var)
+    operator = graph.op(var)
+    if not operator:
+        return None
+    call = graph.value[var]
     if operator in ("nn.attention", "nn.attention_bias"):
         candidates = [call.args[2]]
     elif operator in ("nn.relu", "nn.leakyrelu"):
@@ -331,10 +332,7 @@ class _Smoother:
             return None
         one, factors = self.norms[var]
         data, *parameters = value.args
-        divided_ = [
-            rewriter.derived([p], (rewriter.array(p) / factors).astype(np.float32))  # type: ignore[operator]
-            for p in parameters
-        ]
+        divided_ = [rewriter.derived([p], (rewriter.array(p) / factors).astype(np.float32)) for p in parameters]
         norm = relax.Call(value.op, [data, *divided_], value.attrs, value.ty_args)
         readers = [layer.var for layer in one.readers]
         if set(self.graph.users[var]) == set(readers) and var not in self.graph.outputs:
