@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the downloaded packages (bench/README.md)")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     options = parser.parse_args()
-    rows = [["network", "samples", "SNR dB", "library", "ONNX Runtime", "same top-1 %", "accuracy %", "integer kernels"]]
+    rows = [
+        ["network", "samples", "SNR dB", "library", "ONNX Runtime", "same top-1 %", "accuracy %", "integer kernels"]
+    ]
     with TemporaryDirectory(prefix="pumice-") as folder:
         for name in options.subjects:
             rows.append(measure(name, SUBJECTS[name](options.data, Path(folder)), Path(folder)))

@@ -86,7 +86,7 @@ def _convex(curve: np.ndarray) -> np.ndarray:
         while len(hull) > 1 and _slope(curve, hull[-2], hull[-1]) >= _slope(curve, hull[-2], i):
             hull.pop()
         hull.append(i)
-    return np.interp(np.arange(len(curve)), hull, curve[hull])
+    return np.asarray(np.interp(np.arange(len(curve)), hull, curve[hull]))
 
 
 def _slope(curve: np.ndarray, a: int, b: int) -> float:

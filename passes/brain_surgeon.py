@@ -12,6 +12,7 @@ Sources: Hassibi and Stork, 1993; Frantar and Alistarh, SparseGPT (arXiv:2301.00
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -50,10 +51,8 @@ def sparsegpt(weight: np.ndarray, gram: np.ndarray, units: Sequence[slice], pick
         first, last = chunk[0].start, chunk[-1].stop
         here = slice(first, last)
         shifted = [slice(unit.start - first, unit.stop - first) for unit in chunk]
-        zero = pick(weight[:, here], factor[here, here], shifted)
-        _fix_columns(
-            weight, factor, first, last, lambda j, column, zero=zero, first=first: column * ~zero[:, j - first]
-        )
+        left = ~pick(weight[:, here], factor[here, here], shifted)
+        _fix_columns(weight, factor, first, last, partial(_masked, left, first))
     return weight
 
 
@@ -133,6 +132,12 @@ def _alike(zero: np.ndarray) -> list[np.ndarray]:
     _, inverse = np.unique(packed, axis=0, return_inverse=True)
     order = np.argsort(inverse.ravel(), kind="stable")
     return np.split(order, np.flatnonzero(np.diff(inverse.ravel()[order])) + 1)
+
+
+def _masked(left: np.ndarray, first: int, j: int, column: np.ndarray) -> np.ndarray:
+    """Column ``j`` as it is where it stays; ``left`` begins with the column ``first``."""
+    kept: np.ndarray = column * left[:, j - first]
+    return kept
 
 
 def _fix_columns(

@@ -44,16 +44,16 @@ def saliency(rows: np.ndarray, spec: PruneSpec, moments: Moments | None = None) 
     magnitude: |w|, or w squared with norm=l2. wanda: |w| times the root mean square of its input. sparsegpt: the
     square of that, which is its loss while nothing makes up for it; it serves to compare layers.
     """
-    size = np.abs(rows).astype(np.float64)
+    size: np.ndarray = np.abs(rows).astype(np.float64)
     if isinstance(spec, Magnitude):
-        return np.square(size) if spec.norm == "l2" else size
+        return size**2 if spec.norm == "l2" else size
     size = size * input_sizes(rows.shape, _needed(moments, spec))
-    return np.square(size) if isinstance(spec, SparseGPT) else size
+    return size**2 if isinstance(spec, SparseGPT) else size
 
 
 def input_sizes(shape: tuple[int, ...], moments: Moments) -> np.ndarray:
     """The root mean square of what each weight of rows of this ``shape`` is multiplied by: ``[N, taps, C]``."""
-    sizes = np.sqrt(np.maximum(moments.mean_square, 0))[moments.of_rows(shape[0])]
+    sizes: np.ndarray = np.sqrt(np.maximum(moments.mean_square, 0))[moments.of_rows(shape[0])]
     return sizes.reshape(shape)
 
 
@@ -132,7 +132,8 @@ class _Blocks:
         self._gone += count
         zero = smallest(total.ravel(), count / total.size).reshape(total.shape)
         zero = zero.repeat(height, axis=0)[: len(weight)]
-        return np.repeat(zero, [unit.stop - unit.start for unit in units], axis=1)
+        widths = [unit.stop - unit.start for unit in units]
+        return np.asarray(np.repeat(zero, widths, axis=1))
 
 
 class _Groups:

@@ -49,7 +49,7 @@ class PruneSpec:
 
     def __str__(self) -> str:
         parts = [self.method]
-        for each in sorted(fields(self), key=lambda each: each.kw_only):
+        for each in sorted(fields(self), key=lambda each: each.name in _EVERY):
             value = getattr(self, each.name)
             if each.name in _POSITIONAL:
                 skipped = each.name == "amount" and getattr(self, "pattern", Pattern()).amount is not None
@@ -200,6 +200,7 @@ class Heads(PruneSpec):
 METHODS: dict[str, type[PruneSpec]] = {
     spec.method: spec for spec in (Magnitude, Wanda, SparseGPT, NearZero, Filters, Heads)
 }
+_EVERY = ("keep", "only")
 _POSITIONAL = ("pattern", "amount", "threshold")
 _NUMBER = re.compile(r"\d*\.?\d+([eE]-?\d+)?|\d+\.")
 

@@ -146,7 +146,7 @@ def unfold(value: np.ndarray, layer: Layer, groups: int, limit: int | None = Non
     dilation = [int(step) for step in attrs.dilation]
     spans = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
     padded = np.pad(value, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    windows = sliding_window_view(padded, spans, axis=(2, 3))  # type: ignore[call-overload]
+    windows = sliding_window_view(padded, spans, axis=(2, 3))
     stride_y, stride_x = (int(step) for step in attrs.strides)
     windows = windows[:, :, ::stride_y, ::stride_x, :: dilation[0], :: dilation[1]]
     batch, channels, height, width = windows.shape[:4]

@@ -75,12 +75,12 @@ def prepare(
 def _pruned(
     mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
 ) -> IRModule:
-    removals = [spec for spec in recipe.prune if isinstance(spec, Filters | Heads)]
     zeroing = [spec for spec in recipe.prune if not isinstance(spec, Filters | Heads)]
-    for spec in removals:
-        remove = RemoveFilters if isinstance(spec, Filters) else RemoveHeads
-        with stage(f"remove {spec}"):
-            mod = _apply(mod, remove(spec, calibration))
+    for removal in recipe.prune:
+        if isinstance(removal, Filters | Heads):
+            remove = RemoveFilters if isinstance(removal, Filters) else RemoveHeads
+            with stage(f"remove {removal}"):
+                mod = _apply(mod, remove(removal, calibration))
     if recipe.permute:
         with stage("order channels"):
             mod = _apply(mod, PermuteChannels(zeroing, calibration))

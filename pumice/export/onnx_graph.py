@@ -141,8 +141,10 @@ class OnnxGraph:
             self.source,
             [_info(str(var.name), var) for var in self.flow.inputs],
             [_info(name, result) for name, result in outputs],
-            [numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
-             for name, value in self._constants.items()],
+            [
+                numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
+                for name, value in self._constants.items()
+            ],
             value_info=[_info(name, var) for name, var in named.items() if name in known],
         )
 
@@ -163,4 +165,3 @@ class OnnxGraph:
 def _info(name: str, tensor: relax.Expr) -> onnx.ValueInfoProto:
     element = helper.np_dtype_to_tensor_dtype(np.dtype(str(tensor.ty.dtype)))
     return helper.make_tensor_value_info(name, element, [int(extent) for extent in tensor.ty.shape])
-

@@ -239,7 +239,9 @@ def _resize(graph: OnnxGraph, var: relax.Var, call: relax.Call) -> Value:
     rounding = str(attrs.rounding_method) or ("round" if coordinates == "align_corners" else "floor")
     if method != "nearest_neighbor" or rounding not in _ROUNDINGS:
         raise graph.refusal(f"resizes by {method}, rounding by {rounding}")
-    return graph.node("Resize", [graph.read(call.args[0]), "", "", sizes], mode="nearest", nearest_mode=rounding, **kind)
+    return graph.node(
+        "Resize", [graph.read(call.args[0]), "", "", sizes], mode="nearest", nearest_mode=rounding, **kind
+    )
 
 
 _ROUNDINGS = {"floor", "ceil", "round_prefer_floor", "round_prefer_ceil"}
@@ -263,7 +265,9 @@ def _quantization(op_type: str) -> Rule:
         is_symmetric = scale.size > 1 and not zero.any() and op_type == "DequantizeLinear"
         if not is_symmetric:
             shape = scale.shape if scale.size > 1 else ()
-            inputs.append(graph.constant(np.broadcast_to(zero.reshape(-1), (scale.size,)).astype(stored).reshape(shape)))
+            inputs.append(
+                graph.constant(np.broadcast_to(zero.reshape(-1), (scale.size,)).astype(stored).reshape(shape))
+            )
         return graph.node(op_type, inputs, **per_channel)
 
     return rule
@@ -274,9 +278,7 @@ LAYERS: dict[str, Rule] = {
     **dict.fromkeys(("nn.conv1d_transpose", "nn.conv2d_transpose", "nn.conv3d_transpose"), _conv_transpose),
     **dict.fromkeys(("nn.max_pool1d", "nn.max_pool2d", "nn.max_pool3d"), _pool("MaxPool")),
     **dict.fromkeys(("nn.avg_pool1d", "nn.avg_pool2d", "nn.avg_pool3d"), _pool("AveragePool")),
-    **dict.fromkeys(
-        ("nn.adaptive_avg_pool1d", "nn.adaptive_avg_pool2d", "nn.adaptive_avg_pool3d"), _adaptive_average
-    ),
+    **dict.fromkeys(("nn.adaptive_avg_pool1d", "nn.adaptive_avg_pool2d", "nn.adaptive_avg_pool3d"), _adaptive_average),
     "nn.layer_norm": _layer_norm,
     "nn.rms_norm": _rms_norm,
     "nn.group_norm": _channel_norm("GroupNormalization"),

@@ -7,7 +7,7 @@ or in ``onnx_layers`` is refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

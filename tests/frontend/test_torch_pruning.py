@@ -46,7 +46,9 @@ def net(seed: int = 0) -> Net:
     return Net()
 
 
-def train(model: nn.Module, pruner: GradualPruner, optimiser: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+def train(
+    model: nn.Module, pruner: GradualPruner, optimiser: torch.optim.Optimizer, steps: int, first: int = 0
+) -> None:
     """The user's own loop; every step has its own batch."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
@@ -67,7 +69,9 @@ def test_the_schedule_is_cubic() -> None:
     assert CubicSchedule(3, 3, 0.0, 0.5).share(3) == 0.5
 
 
-@pytest.mark.parametrize("wrong", [(5, 4, 0, 0.5), (-1, 4, 0, 0.5), (0, 4, 0.6, 0.5), (0, 4, 0, 1.5), (0, 4, 0, 0.5, 0)])
+@pytest.mark.parametrize(
+    "wrong", [(5, 4, 0, 0.5), (-1, 4, 0, 0.5), (0, 4, 0.6, 0.5), (0, 4, 0, 1.5), (0, 4, 0, 0.5, 0)]
+)
 def test_what_is_no_schedule(wrong: tuple[Any, ...]) -> None:
     with pytest.raises(UsageError, match="it needs 0 <= "):
         CubicSchedule(*wrong)

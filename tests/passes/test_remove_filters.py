@@ -21,7 +21,7 @@ from pumice.passes.fold_batch_norm import norm_scales_of
 from pumice.passes.prune_spec import Filters
 from pumice.passes.refit_readers import refitted
 from pumice.passes.remove_filters import RemoveFilters, choose
-from pumice.passes.slice_channels import Removal, without_channels
+from pumice.passes.slice_channels import without_channels
 from pumice.passes.statistics import Moments
 
 
