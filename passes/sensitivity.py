@@ -46,7 +46,7 @@ def output_noise(
     count. As the noises are small and nearly independent, they add up to about that of the whole.
 
     ``samples`` are as for ``Calibrate``, of which at most ``limit``, evenly spread, are run, each once more than there
-    are layers, at about twice the work of the float model; ``progress(done, total)`` is called after each run. Raises
+    are layers, in about four times the float model's time; ``progress(done, total)`` is called after each run. Raises
     ModelError where the samples do not fit the model, UnsupportedError where it cannot be run here.
     """
     changes = _changes(original, quantized)
