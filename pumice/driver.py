@@ -72,6 +72,7 @@ def compile_model(
     prune: str | PruneSpec | Sequence[str | PruneSpec] | None = None,
     masks: Masks | None = None,
     keep_float: Sequence[str] | None = None,
+    float_budget: float | None = None,
     quantize: bool | None = None,
     calibration_method: str | None = None,
     permute: bool | None = None,
@@ -98,9 +99,10 @@ def compile_model(
 
     ``recipe`` (or its file) says what becomes of the numbers; the arguments named like its fields, where they are not
     None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``permute``;
-    ``reconstruct``; ``keep_float``, the layers, by name pattern, that stay float32; ``quantize``;
-    ``calibration_method``; ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the
-    report each layer's errors, by the calibration data.
+    ``reconstruct``; ``keep_float``, the layers, by name pattern, that stay float32; ``float_budget``, the share
+    of the multiply-adds that may besides, where int8 does the most harm; ``quantize``; ``calibration_method``;
+    ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the report each layer's errors, by
+    the calibration data.
 
     ``tuning_db`` is a file of ``pumice tune``, whose times decide on the kernels of the layers that it has; ``threads``
     is what the library runs on by default (None: one for each core). ``libc`` is the box's C library: ``glibc-2.28``
@@ -115,6 +117,7 @@ def compile_model(
     chosen = base.but(
         prune=prune,
         keep_float=keep_float,
+        float_budget=float_budget,
         quantize=quantize,
         calibration_method=calibration_method,
         permute=permute,

@@ -67,6 +67,12 @@ def add_parser(commands: Commands) -> None:
         "or search, one for each tensor",
     )
     parser.add_argument(
+        "--float-budget",
+        type=_share,
+        metavar="SHARE",
+        help="leave layers float where int8 does the most harm, up to this share of the multiply-adds: 0.05, or 5%%",
+    )
+    parser.add_argument(
         "--rounding",
         metavar="HOW",
         help="nearest (default), or gptq: weights make up for each other's rounding errors on the calibration data",
@@ -107,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
         permute=args.permute,
         reconstruct=args.reconstruct,
         smooth=args.smooth,
+        float_budget=args.float_budget,
         rounding=args.rounding,
         equalize=False if args.no_equalize else None,
         correct_bias=False if args.no_correct_bias else None,
@@ -129,3 +136,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _strength(text: str) -> float | str:
     return text if text == "search" else float(text)
+
+
+def _share(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
