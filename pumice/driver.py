@@ -101,8 +101,8 @@ def compile_model(
     None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``permute``;
     ``reconstruct``; ``keep_float``, the layers, by name pattern, that stay float32; ``float_budget``, the share
     of the multiply-adds that may besides, where int8 does the most harm; ``quantize``; ``calibration_method``;
-    ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the report each layer's errors, by
-    the calibration data.
+    ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the report each layer's errors,
+    by the calibration data.
 
     ``tuning_db`` is a file of ``pumice tune``, whose times decide on the kernels of the layers that it has; ``threads``
     is what the library runs on by default (None: one for each core). ``libc`` is the box's C library: ``glibc-2.28``
