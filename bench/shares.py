@@ -25,7 +25,7 @@ _PLAIN = _FLOAT.but(prune="sparsegpt:1x4:0.5")
 _REFITTED = _FLOAT.but(prune="sparsegpt:1x4:0.5:refits=30")
 _ORDERED = _REFITTED.but(permute=True)
 _SPREAD = _ORDERED.but(prune="sparsegpt:1x4:0.5:sensitivity:refits=30")
-_TRAINED = _SPREAD.but(reconstruct=200)
+_TRAINED = _ORDERED.but(reconstruct=200)
 _WHOLE = _TRAINED.but(reconstruct_whole=True)
 STEPS = {
     "dense": _FLOAT,
@@ -36,9 +36,9 @@ STEPS = {
     "sparsegpt": _PLAIN,
     "+ refits": _REFITTED,
     "+ channel order": _ORDERED,
-    "+ shares by sensitivity": _SPREAD,
     "+ reconstruction of blocks": _TRAINED,
     "+ of the whole": _WHOLE,
+    "refits, channel order, shares by sensitivity": _SPREAD,
     "all, int8": _WHOLE.but(quantize=True),
     "all, int8, smooth": _WHOLE.but(quantize=True, smooth=0.5),
     "all, int8, smooth, gptq": _WHOLE.but(quantize=True, smooth=0.5, rounding="gptq"),

@@ -66,7 +66,7 @@ class RemoveFilters:
 
     def transform_module(self, mod: IRModule, ctx: tvm.transform.PassContext) -> IRModule:
         """Choose the channels, let their readers make up for them, and remove them."""
-        channels = [group for group in find_channel_groups(mod) if group.kind == "channels"]
+        channels = [group for group in find_channel_groups(mod) if group.kind != "heads"]
         groups, notes = removable(mod, channels, self.spec, "filters")
         scores = self._scores(mod, groups)
         layers = find_layers(mod)
@@ -114,10 +114,11 @@ def choose(ranked: Sequence[tuple[ChannelGroup, np.ndarray]], spec: Filters) -> 
 
 
 def kept_count(group: ChannelGroup, wanted: float, multiple: int) -> int:
-    """The number of channels nearest to what is wanted that leaves each writer a multiple of ``multiple`` outputs."""
+    """The number of channels nearest to what is wanted that leaves each writer a multiple of ``multiple`` outputs, or all."""
     width = gcd(*(slot.positions.shape[1] for slot in group.slots_of("producer")))  # 0 without any
     step = multiple // gcd(multiple, max(1, width))
-    return min(group.channels, max(step, step * round(wanted / step)))
+    fewer = min(group.channels, max(step, step * round(wanted / step)))
+    return fewer if abs(fewer - wanted) < group.channels - wanted else group.channels
 
 
 def _filter_norm(weights: Mapping[str, np.ndarray], power: int, group: ChannelGroup) -> np.ndarray | None:
