@@ -65,7 +65,7 @@ class HiddenStates(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str]) -> None:
-        found = {}
+        found: dict[str, nn.Module] = {}
         for glob in modules:
             matching = {name: part for name, part in model.named_modules() if _matches(name, glob)}
             if not matching:

@@ -23,7 +23,7 @@ def export(
     output_names: Sequence[str] = (),
     dynamic_shapes: Any = None,
 ) -> Path:
-    """Write ``model``, in evaluation mode and float32, to ``path``, as ``.onnx`` or ``.pt2`` (``torch.export``); it stays as it was.
+    """Write ``model``, in evaluation mode, to ``path``, as ``.onnx`` or ``.pt2``; it stays as it was.
 
     Fake quantization is taken out, masks of ``torch.nn.utils.prune`` and parametrizations become zeros, and weights
     carry the names of the plain model's state dict. ``example`` are inputs in the order of ``forward``; their shapes

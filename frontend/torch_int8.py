@@ -62,7 +62,7 @@ def remove_fake_quantization(model: nn.Module) -> None:
         layer.register_parameter("weight", original)
 
 
-class RoundWeight(nn.Module):
+class RoundWeight(nn.Module):  # type: ignore[misc, unused-ignore]
     """A weight ``[N, ...]`` as the values that int8 has for it: ``round(w / s) * s``, ``s = max|w| / 127`` by channel.
 
     Zeros stay zero.
@@ -76,7 +76,7 @@ class RoundWeight(nn.Module):
         return rounded
 
 
-class RoundInput(nn.Module):
+class RoundInput(nn.Module):  # type: ignore[misc, unused-ignore]
     """A tensor as the values that uint8 has for it, over the moving average of its range widened to hold 0.
 
     The first training batch sets the range ``[low, high]``, each later one counts for a hundredth. Values outside are
@@ -101,7 +101,7 @@ class RoundInput(nn.Module):
         return rounded
 
 
-class _Round(torch.autograd.Function):
+class _Round(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     """``(clamp(round(x / scale) + zero, least, most) - zero) * scale``, straight through for gradients."""
 
     @staticmethod

@@ -114,7 +114,11 @@ class GradualPruner:
             self._grow(self.schedule.share(self.steps))
 
     def masks(self) -> dict[str, np.ndarray]:
-        """Booleans by weight name, False where pruned; ``np.savez(path, **masks)`` writes a file for ``--masks``."""
+        """Booleans by weight name, False where pruned; ``np.savez(path, **masks)`` writes a file for ``--masks``.
+
+        They have the shapes of the model's own weights, which a .pt2 file has too; in an ONNX file a linear layer's may
+        be transposed.
+        """
         return {name: (~pruned).cpu().numpy() for name, pruned in self._pruned.items()}
 
     def sparsity(self) -> dict[str, float]:
@@ -163,9 +167,9 @@ class GradualPruner:
         for name, weight in model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(weight), []).append(name)
         for name, layer in layers.items():
-            weight, glob = _weight(layer), next((g for g in keep if fnmatchcase(name, g)), None)
-            if glob is not None:
-                self.left_alone[name] = f"kept by {glob!r}"
+            weight, kept_by = _weight(layer), next((g for g in keep if fnmatchcase(name, g)), None)
+            if kept_by is not None:
+                self.left_alone[name] = f"kept by {kept_by!r}"
             elif not any(fnmatchcase(name, g) for g in only):
                 self.left_alone[name] = f"not among {', '.join(only)}"
             elif len(owners[id(weight)]) > 1:
@@ -178,7 +182,7 @@ class GradualPruner:
             raise UsageError(f"{type(model).__name__} has no layer to prune ({reasons or 'no Linear, Conv1d, Conv2d'})")
         return found
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def _grow(self, share: float) -> None:
         """Zero the lowest ``share`` of all units."""
         scores = {name: self._unit_scores(name, _weight(layer)) for name, layer in self._layers.items()}
@@ -218,6 +222,6 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def _zero(layer: nn.Module, pruned: Tensor) -> None:
     _weight(layer).masked_fill_(pruned, 0)  # not a product: that would make -0.0, and NaN of infinities

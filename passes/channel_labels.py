@@ -172,9 +172,13 @@ class _Walk:
 
     # Rules
 
-    def _unknown(self, var: relax.Var, call: relax.Call, why: str = "which orders or mixes its channels") -> None:
+    def _unknown(
+        self, var: relax.Var, call: relax.Call, why: str = "which orders or mixes its channels"
+    ) -> np.ndarray | None:
+        """No labels for the result, and a reason for those of the operands."""
         for operand in operands(call):
             self._fix(self.found.tensors.get(operand), f"{_call(var, call)} reads it, {why}")
+        return None
 
     def _elementwise(self, var: relax.Var, call: relax.Call) -> np.ndarray | None:
         tensors = [argument for argument in call.args if is_tensor(argument)]

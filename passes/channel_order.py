@@ -250,7 +250,7 @@ def _gains(channels: np.ndarray, limits: np.ndarray) -> np.ndarray:
 def _shuffled(random: np.random.Generator, order: np.ndarray, parts: np.ndarray) -> np.ndarray:
     """``order`` with some channels, two to six in a short one, in random places of their part."""
     order = order.copy()
-    count = random.integers(2, max(6, round(len(order) * _SHUFFLED)), endpoint=True)
+    count = int(random.integers(2, max(6, round(len(order) * _SHUFFLED)), endpoint=True))
     some = random.choice(len(order), min(count, len(order)), replace=False)
     for part in np.unique(parts[some]):
         own = some[parts[some] == part]

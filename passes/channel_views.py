@@ -1,9 +1,10 @@
-"""What pruning would count in each layer, and how it looks along groups of channels: what the search for orders sees."""
+"""What pruning would count in each layer, seen along groups of channels: what the search for orders looks at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,10 +57,8 @@ class ScoredLayer:
         if rule is None:
             return None
         height, width = self.pattern.height, self.pattern.width
-        if axis == INPUTS:  # rows that go together are one
-            matrix = self._joined(height, OUTPUTS)
-        else:
-            matrix = self._joined(width, INPUTS).transpose(1, 2, 0)
+        # Rows that go together are one.
+        matrix = self._joined(height, OUTPUTS) if axis == INPUTS else self._joined(width, INPUTS).transpose(1, 2, 0)
         return View(matrix.reshape(-1, matrix.shape[-1]), positions, rule)
 
     def rule(self, axis: int) -> Rule | None:
@@ -117,7 +116,7 @@ class Bundle:
     def orders(self, order: np.ndarray) -> list[np.ndarray]:
         """The order of all channels as one of each group."""
         starts = np.cumsum([0, *(group.channels for group in self.groups)])
-        return [order[start:end] - start for start, end in zip(starts, starts[1:], strict=False)]
+        return [order[start:end] - start for start, end in pairwise(starts)]
 
     def moves(self, order: np.ndarray, layers: Mapping[str, Layer]) -> Iterator[tuple[str, int, np.ndarray]]:
         """Which weight of a layer takes its values from which indices along which axis of its rows."""

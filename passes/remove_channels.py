@@ -31,7 +31,8 @@ def removable(
     """
     layers = find_layers(mod)
     check_globs(spec, [(layer.name, str(layer.weight.name)) for layer in layers], source_of(mod))
-    found, notes = [], {}
+    found: list[ChannelGroup] = []
+    notes: dict[str, str] = {}
     for group in groups:
         written = writers(layers, group)
         reason = group.not_removable or _kept(written, group, spec)

@@ -114,7 +114,7 @@ def choose(ranked: Sequence[tuple[ChannelGroup, np.ndarray]], spec: Filters) -> 
 
 
 def kept_count(group: ChannelGroup, wanted: float, multiple: int) -> int:
-    """The number of channels nearest to what is wanted that leaves each writer a multiple of ``multiple`` outputs, or all."""
+    """The count nearest to ``wanted`` that leaves each writer a multiple of ``multiple`` outputs, or all of them."""
     width = gcd(*(slot.positions.shape[1] for slot in group.slots_of("producer")))  # 0 without any
     step = multiple // gcd(multiple, max(1, width))
     fewer = min(group.channels, max(step, step * round(wanted / step)))

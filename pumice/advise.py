@@ -91,7 +91,9 @@ def advise_model(
         with stage("run the float model"):
             exact = Evaluator(mod)
             reference = Reference(exact.run, list(Samples(mod, held))[:_MOST_HELD])
-        setting = Setting(model, inputs, learned, reference, metric, device, threads, tuning_db)
+        setting = Setting(
+            model, inputs, learned, reference, metric, device, threads, None if tuning_db is None else str(tuning_db)
+        )
         checker = Checker(setting, base, work, _TIMED * effort.seconds)
         ground = Ground(mod, exact, setting, note, checker, work, base, effort, stage, tell)
         space = space or Space.of(device)

@@ -110,7 +110,8 @@ def find_subjects(
     readers: dict[str, list[Layer]] = {}
     for layer in find_layers(mod):
         readers.setdefault(layer.weight.name, []).append(layer)
-    subjects, others = [], {}
+    subjects: list[Subject] = []
+    others: dict[str, str] = {}
     for name, layers in readers.items():
         reason = _why_not(layers, weights.get(name), moments, float32)
         if reason is not None:

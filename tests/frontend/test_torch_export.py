@@ -85,7 +85,7 @@ def test_names_zeros_and_pattern_are_found(suffix: str, int8: bool, tmp_path: Pa
 def test_masks_go_beside_a_dense_model(tmp_path: Path) -> None:
     model, pruner = trained(int8=False)
     np.savez(tmp_path / "masks.npz", **pruner.masks())
-    dense = export(Net(), (IMAGE,), tmp_path / "dense.onnx")
+    dense = export(Net(), (IMAGE,), tmp_path / "dense.pt2")
     mod = apply_masks(read_model(dense), read_masks(tmp_path / "masks.npz"))
     zero = weights_of(mod)["conv.weight"] == 0
     np.testing.assert_array_equal(zero, model.conv.weight.detach().numpy() == 0)

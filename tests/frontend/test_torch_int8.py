@@ -85,7 +85,8 @@ def test_training_sees_what_quantize_computes(tmp_path: Path) -> None:
     got = run_module(mod, {"image": IMAGES.numpy()})[0]
     with torch.no_grad():
         exact = plain(IMAGES).numpy()
-    assert np.abs(got - wanted).max() < 0.02 * np.abs(exact - wanted).max()  # but for a sum rounded the other way
+    # All of the noise but what single sums do that are rounded the other way.
+    assert np.square(got - wanted).sum() < 0.1 * np.square(exact - wanted).sum()
 
 
 def test_gradients_pass_to_weights_and_inputs() -> None:
