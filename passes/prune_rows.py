@@ -100,7 +100,7 @@ def _gradually(
             now = pattern
         scored = np.where(was_zero, 0, scores).reshape(shape)
         zero = now.zeros(scored, amount * share).reshape(scores.shape) if now else np.zeros(scores.shape, bool)
-        return zero | was_zero
+        return np.asarray(zero | was_zero)
 
     return project
 
