@@ -83,7 +83,9 @@ def _pruned(
                 mod = _apply(mod, remove(removal, calibration))
     if recipe.permute:
         with stage("order channels"):
-            mod = _apply(mod, PermuteChannels(zeroing, calibration))
+            # Zeros that are there already are gathered in the blocks that kernels skip.
+            order = PermuteChannels(zeroing, calibration) if zeroing else PermuteChannels(pattern="1x4")
+            mod = _apply(mod, order)
     dense = mod  # of the final shapes and order, so that the pruned one can be compared with it
     for spec in zeroing:
         with stage(f"prune {spec}"):

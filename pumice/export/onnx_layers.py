@@ -96,13 +96,14 @@ def _pool(op_type: str) -> Rule:
                 x = graph.node("Pad", [x, around, graph.scalar(0, var)])
                 more = [0] * rank + [max(0, new - old) for new, old in zip(more[rank:], pads[rank:], strict=True)]
             pads, counted = more, 0
+        dilation = [int(step) for step in attrs.dilation]
         return graph.node(
             op_type,
             [x],
             kernel_shape=[int(extent) for extent in attrs.pool_size],
             strides=[int(stride) for stride in attrs.strides],
             pads=pads,
-            dilations=[int(step) for step in attrs.dilation],
+            **({"dilations": dilation} if set(dilation) != {1} else {}),  # ONNX Runtime's int8 pool knows none
             **({"count_include_pad": 1} if counted else {}),
         )
 

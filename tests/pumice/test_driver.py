@@ -111,3 +111,13 @@ def test_the_same_model_gives_the_same_library(compiled, library, model_path, sa
     again = pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples})
     again.save(tmp_path / "again.so")
     assert (tmp_path / "again.so").read_bytes() == library.read_bytes()
+
+
+def test_a_float_budget_keeps_the_most_harmful_layers_float(model_path, samples):
+    given = {"inputs": {"image": SHAPE}, "calibration": {"image": samples}, "check": False}
+    everything = pumice.compile(model_path, float_budget=1.0, **given)
+    kept = [layer for layer in everything.layers if layer.dtype == "float32"]
+    assert kept and all("kept float by the budget" in layer.reason for layer in kept)
+    largest = max(layer.macs for layer in everything.layers)
+    some = pumice.compile(model_path, float_budget=0.5 * largest / sum(layer.macs for layer in kept), **given)
+    assert max(some.layers, key=lambda layer: layer.macs).dtype == "int8"

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from coupled import NETWORKS
+from running import run_compiled
+
+from pumice.errors import UsageError
+from pumice.module import inputs_of, layers_of, weights_of, with_weights
+from pumice.passes import Prune, RecordLayers
+from pumice.passes.remove_heads import RemoveHeads
+
+HEADS, SIZE = 4, 4  # of the attention in tests/coupled.py, of width 16
+
+
+def feed(mod, count=1, seed=0):
+    draw, found = np.random.default_rng(seed), {}
+    for var in inputs_of(mod):
+        shape = [count, *(int(d) for d in tuple(var.ty.shape)[1:])]
+        values = draw.standard_normal(shape) if "float" in str(var.ty.dtype) else draw.integers(0, 2, shape)
+        found[var.name] = np.asarray(values, str(var.ty.dtype))
+    return found
+
+
+def silenced(heads):
+    """The network whose output projection has no rows for these heads: they add nothing."""
+    mod = RecordLayers()(NETWORKS["transformer"]())
+    weights = {name: array.copy() for name, array in weights_of(mod).items()}
+    for head in heads:
+        weights["att.out.weight"][head * SIZE : (head + 1) * SIZE] = 0
+    return with_weights(mod, weights)
+
+
+@pytest.mark.parametrize("heads", [(1,), (0, 3)])
+@pytest.mark.parametrize("with_samples", [False, True])
+def test_heads_that_add_nothing_go_and_nothing_changes(heads, with_samples):
+    mod = silenced(heads)
+    samples = feed(mod, 6, 1) if with_samples else None
+    after = RemoveHeads(f"heads:{len(heads) / HEADS}", samples)(mod)
+    left = (HEADS - len(heads)) * SIZE
+    kept = [i for head in range(HEADS) if head not in heads for i in range(head * SIZE, (head + 1) * SIZE)]
+    for name in ("att.q.weight", "att.k.weight", "att.v.weight"):
+        np.testing.assert_array_equal(weights_of(after)[name], weights_of(mod)[name][:, kept])
+    assert weights_of(after)["att.out.weight"].shape == (left, 16)
+    for a, b in zip(run_compiled(after, feed(mod)), run_compiled(mod, feed(mod)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def test_one_head_stays():
+    after = RemoveHeads("heads:1")(RecordLayers()(NETWORKS["transformer"]()))
+    assert weights_of(after)["att.q.weight"].shape == (16, SIZE)
+
+
+def test_what_is_kept_says_so():
+    after = RemoveHeads("heads:0.5:keep=att.q")(RecordLayers()(NETWORKS["transformer"]()))
+    assert weights_of(after)["att.q.weight"].shape == (16, 16)
+    assert any("keep=att.q" in note for note in layers_of(after)["att.q"].notes)
+
+
+def test_records_say_what_is_left():
+    records = layers_of(RemoveHeads("heads:0.5")(RecordLayers()(NETWORKS["transformer"]())))
+    assert "8 of 16 output channels left" in records["att.v"].notes
+    assert records["att.v"].pruned_by == "heads:0.5"
+
+
+def test_other_specifications_are_refused():
+    with pytest.raises(UsageError, match="removes no attention heads"):
+        RemoveHeads("filters:0.5")
+    with pytest.raises(UsageError, match="changes the network's shape"):
+        Prune("heads:0.5")
