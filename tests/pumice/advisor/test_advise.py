@@ -1,0 +1,129 @@
+"""The advisor on a small network, from the model to a recipe that compiles."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import tiny_onnx
+
+from pumice.advise import Effort, advise_model
+from pumice.advisor.budget import Budget
+from pumice.advisor.subjects import Space
+from pumice.cli import main
+from pumice.driver import compile_model
+from pumice.errors import AccuracyBudgetError, PerformanceBudgetError, UsageError
+from pumice.evaluation import Metric
+from pumice.recipe import Recipe, read_recipe
+
+IMAGES = {"image": np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)}
+SPACE = Space(techniques=("magnitude", "sparsegpt"), patterns=("1x4",), levels=(0.5, 0.9))
+QUICK = Effort(trials=3, points=2, seconds=0.01)
+
+
+def advise(budget, **given):
+    return advise_model(
+        tiny_onnx(batch=1), calibration=IMAGES, budget=budget, space=SPACE, effort=QUICK, threads=1, **given
+    )
+
+
+def indifferent(folder):
+    """A metric to which all networks are equal, so that the smallest is taken."""
+    script = folder / "metric.py"
+    script.write_text("")
+    return Metric(script, "any", lambda run: 1.0)
+
+
+@pytest.mark.slow
+def test_the_recipe_compiles_to_what_the_advice_says(tmp_path):
+    advice = advise(Budget.parse("max-drop", "1%"), metric=indifferent(tmp_path))
+    chosen = advice.chosen
+    assert chosen is not None
+    assert chosen.recipe.prune
+    artifact = compile_model(tiny_onnx(batch=1), calibration=IMAGES, recipe=chosen.recipe, threads=1)
+    pruned = {layer.name for layer in artifact.layers if layer.pruned_by}
+    assert pruned == {name for name, option in advice.chosen_options().items() if ":" in option}
+
+
+def test_what_is_out_of_reach_is_said_with_the_least_that_can_be_had():
+    with pytest.raises(PerformanceBudgetError, match="kB") as caught:
+        advise(Budget.parse("size", "1kB"))
+    assert caught.value.exit_code == 7
+
+
+def test_an_accuracy_that_even_everything_reverted_misses_is_an_error(tmp_path):
+    calls, script = [], tmp_path / "metric.py"
+    script.write_text("")
+
+    def luck(run):
+        calls.append(run)
+        return 1.0 if len(calls) == 1 else 0.0  # the float model alone is any good
+
+    with pytest.raises(AccuracyBudgetError) as caught:
+        advise(Budget.parse("max-drop", "0.01"), metric=Metric(script, "luck", luck))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.slow
+def test_what_was_found_is_not_looked_for_again(tmp_path):
+    found, sizes = [], []
+    for _ in range(2):
+        given = {"metric": indifferent(tmp_path), "work_file": tmp_path / "work"}
+        found.append(advise(Budget.parse("max-drop", "1%"), **given))
+        sizes.append((tmp_path / "work").stat().st_size)
+    assert sizes[0] == sizes[1]  # nothing was found anew
+    assert found[0].chosen.recipe == found[1].chosen.recipe
+
+
+def test_a_base_that_prunes_is_refused():
+    with pytest.raises(UsageError, match="the recipe to start from prunes"):
+        advise(None, base=Recipe().but(prune="magnitude:1x4:0.5"))
+
+
+def test_the_command_writes_recipe_and_advice(tmp_path, monkeypatch, capsys):
+    model, data = tmp_path / "tiny.onnx", tmp_path / "images.npz"
+    model.write_bytes(tiny_onnx(batch=1).SerializeToString())
+    np.savez(data, **IMAGES)
+    script = tmp_path / "metric.py"
+    script.write_text("def mean(run):\n    return 1.0\n")
+    recipe, found = tmp_path / "recipe.toml", tmp_path / "advice.json"
+    options = [
+        "--techniques",
+        "magnitude",
+        "--patterns",
+        "1x4",
+        "--levels",
+        "0.5,0.9",
+        "--trials",
+        "2",
+        "--points",
+        "2",
+    ]
+    options += ["--seconds", "0.01", "--threads", "1", "--eval", f"{script}:mean", "--max-drop", "1%"]
+    files = ["--calibration", str(data), "-o", str(recipe), "--advice", str(found)]
+    assert main(["advise", str(model), *files, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "mean" in printed
+    assert read_recipe(recipe).prune
+    points = json.loads(found.read_text())["points"]
+    assert sum(point["chosen"] for point in points) == 1
+    output = ["-o", str(tmp_path / "m.so"), "--calibration", str(data)]
+    assert main(["compile", str(model), *output, "--recipe", str(recipe)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--latency", "soon"], 2, "--latency soon: is no budget"),
+        (["--max-drop", "1%", "--techniques", "luck"], 2, "there is no technique 'luck'"),
+        (["-o", "r.toml"], 2, "without a budget no recipe is chosen"),
+        (["--eval", "nowhere.py:f", "--max-drop", "1%"], 2, "nowhere.py"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path, monkeypatch, capsys, options, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.onnx").write_bytes(tiny_onnx(batch=1).SerializeToString())
+    np.savez(tmp_path / "images.npz", **IMAGES)
+    found = main(["advise", "tiny.onnx", "--calibration", "images.npz", *options])
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in printed
+    assert found == code
