@@ -247,7 +247,7 @@ def export_fixed(network: nn.Module, tokenizer: Tokenizer, path: Path) -> Path:
     """The network as ONNX, for one text of 128 tokens."""
     feed = tokenize(tokenizer, ["a text"])
     example = tuple(torch.from_numpy(array) for array in feed.values())
-    return export(network, example, path, input_names=list(feed), output_names=["embedding"])
+    return export(network, example, path, input_names=list(feed), output_names=["output"])
 
 
 def main() -> None:

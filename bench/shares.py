@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from bench.tables import markdown, number
-from bench.tasks import TASKS, evaluate
+from bench.tasks import evaluate, minilm
 from bench.techniques import read
 from pumice.prepare import prepare
 from pumice.recipe import Recipe
@@ -50,11 +50,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the downloaded packages (bench/README.md)")
     parser.add_argument("--results", type=Path, default=Path("out/shares.jsonl"), help="read, and added to")
+    parser.add_argument("--calibrate", type=int, default=1024, help="texts; a quarter are single words")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = {row["step"] for row in read(options.results)}
-    task = TASKS["minilm"](options.data)
+    task = minilm(options.data, options.calibrate)
     for step in options.steps:
         if step in known:
             continue

@@ -75,7 +75,7 @@ def mobilenet(folder: Path) -> Task:
     return Task(mod, {"image": calibrating[:128]}, measure, "top-1 as float")
 
 
-def minilm(folder: Path) -> Task:
+def minilm(folder: Path, calibrate: int = _CALIBRATE) -> Task:
     """MiniLM-L6 at 64 tokens: Spearman's correlation with people on WordSim-353, cosine to the dense embedding, and a
     head that was trained on dense embeddings, on 500 film reviews."""
     from bench.sentence_encoder import load_network, tokenize, word_correlation
@@ -85,7 +85,7 @@ def minilm(folder: Path) -> Task:
     tokenizer.enable_padding(length=_TOKENS)
     pairs = read_word_pairs(folder)
     everything = {word for each in pairs.values() for word in each.words()}
-    texts = calibration_texts(folder, _CALIBRATE // 2, _CALIBRATE // 2, everything)
+    texts = calibration_texts(folder, calibrate - calibrate // 4, calibrate // 4, everything)
     calibration = tokenize(tokenizer, texts)
     learned, held = draw(read_snippets(folder, "movieReview"), 2000, _REVIEWS)
     dense = engines.torch_engine(network)
