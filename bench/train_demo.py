@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-SEED, BATCH, PAD, BLOCK = 20240817, 128, 2, 4  # a block: input channels that are kept or dropped together
+from pumice.frontend.torch import CubicSchedule, GradualPruner, soft_label_loss
+
+SEED, BATCH, PAD = 20240817, 128, 2
 PRUNE_EVERY, PRUNE_SHARE = 50, 0.5  # steps between two mask updates; part of a stage that has updates
 TEMPERATURE, DISTIL = 3.0, 0.7
+KEPT = ("stem", "classifier")  # layers that are not pruned
 # Name, share of zero blocks, epochs, highest learning rate.
 STAGES = [("dense", 0.0, 24, 0.2), ("blocks80", 0.8, 4, 0.1), ("blocks90", 0.9, 5, 0.1)]
 Samples = tuple[Tensor, Tensor]
@@ -86,53 +89,6 @@ class DemoNet(nn.Module):  # type: ignore[misc, unused-ignore]
         return logits
 
 
-class BlockPruner:
-    """Holds the masks of all convolutions but the stem and grows them together.
-
-    Blocks of different layers are compared by LAMP (arXiv 2010.07611): the squared norm of a block over
-    that of all blocks in its layer which are no smaller.  Batch normalisation makes the scale of a layer
-    meaningless, so plain norms would not compare; and no layer can empty.
-    """
-
-    def __init__(self, model: DemoNet) -> None:
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n != "stem"]
-        self.weights = {name: layer.weight.detach() for name, layer in layers}  # shared, not copied
-        self.masks = {name: torch.ones_like(weight) for name, weight in self.weights.items()}
-
-    def prune(self, sparsity: float) -> None:
-        """Zero the lowest-scoring blocks of the network; never fewer than ``sparsity`` of them."""
-        squares = [blocks.square().sum(-1) for blocks in self.blocks().values()]
-        scores = torch.cat([self._lamp(layer.flatten()) for layer in squares])
-        keep = torch.ones_like(scores)
-        keep[scores.argsort(stable=True)[: int(np.ceil(sparsity * len(keep)))]] = 0
-        parts = keep.split([layer.numel() for layer in squares])
-        for mask, layer, part in zip(self.masks.values(), squares, parts, strict=True):
-            mask.copy_(part.view_as(layer).movedim(-1, 1).repeat_interleave(BLOCK, dim=1))
-        self.apply()
-
-    def apply(self) -> None:
-        """Put the zeros back that an optimiser step has moved."""
-        for name, weight in self.weights.items():
-            weight.mul_(self.masks[name])
-
-    def blocks(self) -> dict[str, Tensor]:
-        """View every weight as [output, row, column, group, the four inputs of one block]."""
-        moved = {name: weight.permute(0, 2, 3, 1) for name, weight in self.weights.items()}
-        return {name: x.reshape(*x.shape[:3], x.shape[3] // BLOCK, BLOCK) for name, x in moved.items()}
-
-    def sparsity(self) -> dict[str, float]:
-        """Percent of zero blocks in each layer and, as ``all``, over these layers together."""
-        zero = {name: ~x.any(-1) for name, x in self.blocks().items()}
-        zero["all"] = torch.cat([part.flatten() for part in zero.values()])
-        return {name: 100 * float(part.double().mean()) for name, part in zero.items()}
-
-    @staticmethod
-    def _lamp(squares: Tensor) -> Tensor:
-        ordered, order = squares.sort(stable=True)
-        no_smaller = ordered.flip(0).cumsum(0).flip(0).clamp_min(1e-30)
-        return torch.empty_like(squares).scatter_(0, order, ordered / no_smaller)
-
-
 def to_input(images: Tensor) -> Tensor:
     """Scale bytes to 0..1, the only preparation that a user of the models has to repeat."""
     return (images.float() / 255).unsqueeze(1).contiguous(memory_format=torch.channels_last)
@@ -156,35 +112,36 @@ def loss_of(model: DemoNet, teacher: DemoNet | None, images: Tensor, labels: Ten
     if not teacher:
         return hard
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        target = (teacher(images).float() / TEMPERATURE).log_softmax(1)
-    student = (logits / TEMPERATURE).log_softmax(1)
-    soft = F.kl_div(student, target, reduction="batchmean", log_target=True) * TEMPERATURE**2
-    return (1 - DISTIL) * hard + DISTIL * soft
+        answers = teacher(images).float()
+    return (1 - DISTIL) * hard + DISTIL * soft_label_loss(logits, answers, TEMPERATURE)
 
 
 def train(
     model: DemoNet, teacher: DemoNet | None, data: Samples, epochs: int, peak: float, zeros: tuple[float, float]
 ) -> None:
-    """Run one stage, in which the share of zero blocks rises from one of ``zeros`` to the other."""
-    pruner = BlockPruner(model)
-    optimiser = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    """Run one stage, in which the share of zero blocks rises from one of ``zeros`` to the other.
+
+    Blocks of different layers are compared by LAMP (arXiv 2010.07611): batch normalisation makes the scale of a layer
+    meaningless, so plain norms would not compare; and no layer can empty.
+    """
     steps = epochs * (len(data[0]) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.2)
+    schedule = CubicSchedule(0, int(PRUNE_SHARE * steps), *zeros, PRUNE_EVERY)
+    pruner = GradualPruner(model, schedule, "1x4", "lamp", keep=KEPT)
+    optimiser = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.2)
     model.train()
     stream = (batch for _ in range(epochs) for batch in batches(*data))
     for step, (images, labels) in enumerate(stream):
-        if step % PRUNE_EVERY == 0:
-            left = max(0.0, 1 - step / (PRUNE_SHARE * steps))
-            pruner.prune(zeros[1] + (zeros[0] - zeros[1]) * left**3)
         loss = loss_of(model, teacher, images, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        schedule.step()
-        pruner.apply()
+        rate.step()
+        pruner.step()
         if step % 200 == 0:
             print(f"step {step}/{steps} loss {loss.item():.4f}", flush=True)
     model.eval()
+    print({layer: round(share, 2) for layer, share in pruner.sparsity().items()}, flush=True)
 
 
 def to_onnx(model: DemoNet) -> bytes:
@@ -215,7 +172,6 @@ def measure(name: str, model: DemoNet, exported: bytes, test: Samples) -> None:
     for runtime, values in logits.items():
         right = 100 * (values.argmax(1) == test[1]).double()
         print(f"{name} {runtime}: all {right.mean():.2f} %, first 2,000 {right[:2000].mean():.2f} %")
-    print({layer: round(share, 2) for layer, share in BlockPruner(model).sparsity().items()}, flush=True)
 
 
 def write_images(path: Path, images: Tensor, test: Samples) -> None:

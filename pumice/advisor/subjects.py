@@ -14,12 +14,13 @@ from pumice.module import layers_of, weights_of
 from pumice.passes.layer_kernel import LayerWork
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.patterns import Pattern
-from pumice.passes.prune_spec import METHODS, PruneSpec
+from pumice.passes.prune_spec import METHODS, PruneSpec, SparseGPT
 from pumice.passes.sparsity import is_depthwise
 from pumice.passes.statistics import Moments, input_moments
 from pumice.targets.target import Target
 from pumice.tune import layer_works
 
+_REFITS = 20
 TECHNIQUES = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("1x4", "2x4", "4x4", "unstructured")
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -62,7 +63,9 @@ class Space:
 
 
 def spec_of(technique: str, pattern: Pattern, amount: float) -> PruneSpec:
-    """``sparsegpt:1x4:0.9``."""
+    """``magnitude:1x4:0.9``; sparsegpt with refits, as an advisor has the time for the best."""
+    if technique == SparseGPT.method:
+        return SparseGPT(pattern, amount, refits=_REFITS)
     return METHODS[technique](pattern=pattern, amount=amount)  # type: ignore[call-arg]
 
 
