@@ -10,7 +10,7 @@ products ONNX Runtime computes on integers (in brackets: of how many that are in
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +39,7 @@ class Subject:
     calibration: engines.Feed
     test: engines.Feed
     labels: np.ndarray | None = None
-    keep_float: Sequence[str] = ()
+    float_budget: float = 0.0
 
 
 def _demo(data: Path, work: Path) -> Subject:
@@ -64,7 +64,7 @@ def _mobilenet(data: Path, work: Path) -> Subject:
     calibrating, tested = split(read_pictures(data).values())
     network, feed = mobilenet.load_network(data), {"image": tested}
     path = engines.export(network, next(engines.samples_of(feed)), work / "mobilenet_v2.onnx")
-    return Subject(path, {"image": calibrating}, feed, keep_float=mobilenet.KEEP_FLOAT)
+    return Subject(path, {"image": calibrating}, feed, float_budget=mobilenet.FLOAT_BUDGET)
 
 
 SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {"demo": _demo, "minilm": _minilm, "mobilenet": _mobilenet}
@@ -76,7 +76,7 @@ def measure(name: str, subject: Subject, work: Path) -> list[str]:
     shapes = {key: (1, *array.shape[1:]) for key, array in subject.test.items()}
     options = {"inputs": shapes, "threads": 1}
     library = pumice.compile(
-        subject.model, calibration=subject.calibration, keep_float=subject.keep_float, emit_onnx=emitted, **options
+        subject.model, calibration=subject.calibration, float_budget=subject.float_budget, emit_onnx=emitted, **options
     )
     plain = pumice.compile(subject.model, quantize=False, **options)
     peer = OnnxRuntime(emitted.read_bytes(), 1)

@@ -106,12 +106,12 @@ def prepare(
     calibration: Feed,
     options: argparse.Namespace,
     quantized_operators: Sequence[str] | None = None,
-    keep_float: Sequence[str] = (),
+    float_budget: float = 0.0,
 ) -> Engine:
     """The engine of that name in ``ENGINES`` for ``network`` and its ONNX file.
 
     ``quantized_operators``: those that ONNX Runtime's quantizer, which makes the int8 model of the other engines, is to
-    treat; all that it can, if None. ``keep_float``: the layers that Pumice leaves in float.
+    treat; all that it can, if None. ``float_budget``: what share Pumice may leave in float.
     """
     peer, _, int8 = name.partition("-")
     on_gpu = Target.parse(options.target).runs_on_gpu
@@ -126,7 +126,7 @@ def prepare(
     how = {"calibration_method": options.method} if options.method else {}
     if name == "pumice":
         return pumice_engine(path, "f32", options.target, options.threads, quantize=False, **how)
-    how |= {"calibration": dict(calibration), "keep_float": tuple(keep_float)}
+    how |= {"calibration": dict(calibration), "float_budget": float_budget}
     if name == "pumice-sparse":
         return pumice_engine(path, "int8, 90 % zero", options.target, options.threads, prune=PRUNED, **how)
     return pumice_engine(path, "int8", options.target, options.threads, **how)
