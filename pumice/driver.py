@@ -77,6 +77,7 @@ def compile_model(
     calibration_method: str | None = None,
     permute: bool | None = None,
     reconstruct: int | None = None,
+    reconstruct_whole: bool | None = None,
     smooth: float | str | None = None,
     equalize: bool | None = None,
     rounding: str | None = None,
@@ -99,10 +100,10 @@ def compile_model(
 
     ``recipe`` (or its file) says what becomes of the numbers; the arguments named like its fields, where they are not
     None, take the place of these: ``prune``, a specification such as ``magnitude:1x4:0.9`` or several; ``permute``;
-    ``reconstruct``; ``keep_float``, the layers, by name pattern, that stay float32; ``float_budget``, the share
-    of the multiply-adds that may besides, where int8 does the most harm; ``quantize``; ``calibration_method``;
-    ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the report each layer's errors,
-    by the calibration data.
+    ``reconstruct``; ``reconstruct_whole``; ``keep_float``, the layers, by name pattern, that stay float32;
+    ``float_budget``, the share of the multiply-adds that may stay float32 where int8 does the most harm; ``quantize``;
+    ``calibration_method``; ``smooth``; ``equalize``; ``rounding``; ``correct_bias``. ``measure_errors`` gives the
+    report each layer's errors, by the calibration data.
 
     ``tuning_db`` is a file of ``pumice tune``, whose times decide on the kernels of the layers that it has; ``threads``
     is what the library runs on by default (None: one for each core). ``libc`` is the box's C library: ``glibc-2.28``
@@ -122,6 +123,7 @@ def compile_model(
         calibration_method=calibration_method,
         permute=permute,
         reconstruct=reconstruct,
+        reconstruct_whole=reconstruct_whole,
         smooth=smooth,
         equalize=equalize,
         rounding=rounding,

@@ -60,6 +60,12 @@ def add_parser(commands: Commands) -> None:
         "`pip install 'pumice[torch]'`)",
     )
     parser.add_argument(
+        "--reconstruct-whole",
+        action="store_true",
+        default=None,
+        help="and then as many steps of the network as a whole",
+    )
+    parser.add_argument(
         "--smooth",
         type=_strength,
         metavar="STRENGTH",
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
         calibration_method=args.calibration_method,
         permute=args.permute,
         reconstruct=args.reconstruct,
+        reconstruct_whole=args.reconstruct_whole,
         smooth=args.smooth,
         float_budget=args.float_budget,
         rounding=args.rounding,

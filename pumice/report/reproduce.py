@@ -10,6 +10,16 @@ from pumice.loader import clean
 from pumice.report.data import Report
 from pumice.report.markup import Markup, element
 
+# Fields of a recipe that are options of the same name, and what they are where they are not given.
+_USUAL: dict[str, Any] = {
+    "permute": False,
+    "reconstruct": 0,
+    "reconstruct_whole": False,
+    "float_budget": 0.0,
+    "smooth": 0.0,
+    "calibration_method": "minmax",
+    "rounding": "nearest",
+}
 _WORDS = {
     "accuracy": "How good the model's answers are, by a measure of the user's; higher is better.",
     "inference": "One run of the model on one input.",
@@ -69,26 +79,33 @@ def compile_command(report: Report) -> str:
     words += ["--target", str(manifest["target"]["name"])]
     for entry in manifest["inputs"]:
         words += ["--input", f"{entry['name']}={'x'.join(map(str, entry['shape']))}"] if entry["shape"] else []
-    quantized = options.get("quantize", True)
-    words += ["--calibration", "CALIBRATION.npz"] if quantized else ["--no-quantize"]
-    if options.get("calibration_method", "minmax") != "minmax":
-        words += ["--calibration-method", str(options["calibration_method"])]
-    for name in ("recipe", "prune", "tuning_db", "threads"):
+    words += _recipe_words(options.get("recipe", {}))
+    for name in ("tuning_db", "threads"):
         words += [f"--{name.replace('_', '-')}", str(options[name])] if options.get(name) else []
-    for pattern in options.get("keep_float", ()):
-        words += ["--keep-float", str(pattern)]
     files = {layer.pruned_by.removeprefix("side file ") for layer in report.layers if "side file " in layer.pruned_by}
     words += [word for file in sorted(files) for word in ("--masks", file)]
     libc = options.get("libc")
     words += [] if not libc else ["--musl"] if libc == "musl" else ["--glibc", str(libc).removeprefix("glibc-")]
     for name, switch in (
-        ("equalize", "--no-equalize"),
-        ("correct_bias", "--no-correct-bias"),
         ("measure_errors", "--no-layer-errors"),
         ("check", "--no-check"),
     ):
         words += [] if options.get(name, True) else [switch]
     return " ".join(map(_quote, words))
+
+
+def _recipe_words(recipe: Mapping[str, Any]) -> list[str]:
+    """The options that say what the recipe in a manifest says."""
+    words = ["--calibration", "CALIBRATION.npz"] if recipe.get("quantize", True) else ["--no-quantize"]
+    for name, several in (("prune", recipe.get("prune", ())), ("keep-float", recipe.get("keep_float", ()))):
+        words += [word for value in several for word in (f"--{name}", str(value))]
+    for name, usual in _USUAL.items():
+        value = recipe.get(name, usual)
+        if value != usual:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    for name, switch in (("equalize", "--no-equalize"), ("correct_bias", "--no-correct-bias")):
+        words += [] if recipe.get(name, True) else [switch]
+    return words
 
 
 def _timed(report: Report) -> str:

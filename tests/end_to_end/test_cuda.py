@@ -106,7 +106,7 @@ def test_a_gpu_gives_the_same_logits(data, tmp_path):
 def test_two_of_four_weights_give_the_same_logits(driver, tmp_path):
     images = np.random.default_rng(1).random((8, 4, 8, 8), dtype=np.float32)
     mod = read_model(tiny_onnx(1, channels=4), {"image": (1, 4, 8, 8)})
-    mod = prepare(mod, replace(QUICK, prune="magnitude:2:4"), {"image": images}, None, Stages(None))
+    mod = prepare(mod, QUICK.but(prune="magnitude:2:4"), {"image": images}, None, Stages(None))
     layers = layers_of(lower(mod, BESIDE_THIS, LowerOptions()))
     assert layers["stem"].kernel == layers["conv"].kernel == "2:4 int8 tensor cores"
     emulated = emulated_library(mod, tmp_path / "model.so", {"image": images[:1]})

@@ -17,22 +17,26 @@ def test_the_command_makes_the_same_library_again(bare, library, model_path, cal
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"quantize": False}, "--no-quantize"),
-        ({"prune": "magnitude:1x4:0.5"}, "--prune magnitude:1x4:0.5"),
-        ({"keep_float": ["a*", "b c"]}, "--keep-float 'a*' --keep-float 'b c'"),
+        ({"recipe": {"quantize": False}}, "--no-quantize"),
+        ({"recipe": {"prune": ["filters:0.3", "magnitude:2:4"]}}, "--prune filters:0.3 --prune magnitude:2:4"),
+        ({"recipe": {"keep_float": ["a*", "b c"]}}, "--keep-float 'a*' --keep-float 'b c'"),
         ({"threads": 2}, "--threads 2"),
         ({"libc": "musl"}, "--musl"),
         ({"libc": "glibc-2.28"}, "--glibc 2.28"),
-        ({"calibration_method": "mse"}, "--calibration-method mse"),
-        ({"equalize": False, "check": False}, "--no-equalize --no-check"),
+        (
+            {"recipe": {"calibration_method": "mse", "smooth": "search", "permute": True}},
+            "--permute --smooth search --calibration-method mse",
+        ),
+        ({"recipe": {"equalize": False}, "check": False}, "--no-equalize --no-check"),
         ({"tuning_db": "times.jsonl"}, "--tuning-db times.jsonl"),
     ],
 )
 def test_options_come_back(bare, options, words):
-    manifest = {**bare.manifest, "options": {**bare.manifest["options"], **options}}
+    recipe = {**bare.manifest["options"]["recipe"], **options.get("recipe", {})}
+    manifest = {**bare.manifest, "options": {**bare.manifest["options"], **options, "recipe": recipe}}
     command = compile_command(replace(bare, manifest=manifest))
     assert words in command
-    assert ("--calibration " in command) == options.get("quantize", True)
+    assert ("--calibration " in command) == recipe["quantize"]
     cli._parser().parse_args(shlex.split(command)[1:])
 
 
