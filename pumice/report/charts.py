@@ -52,6 +52,7 @@ class Axis:
     number: Callable[[float], str] = "{:g}".format
     from_zero: bool = False
     up_to: float | None = None
+    is_logarithmic: bool = False  # of positive numbers
 
 
 def bar_chart(rows: Sequence[Bar], title: str) -> Markup:
@@ -68,12 +69,10 @@ def scatter_plot(
     x_ticks, y_ticks = _ticks([dot.x for dot in dots], across), _ticks([dot.y for dot in dots], up)
 
     def x(value: float) -> str:
-        share = (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return f"{_LEFT + (_RIGHT - _LEFT) * share:.2f}%"
+        return f"{_LEFT + (_RIGHT - _LEFT) * _share(value, x_ticks, across):.2f}%"
 
     def y(value: float) -> str:
-        share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return f"{_HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * share:.1f}"
+        return f"{_HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * _share(value, y_ticks, up):.1f}"
 
     parts = []
     for tick in y_ticks:
@@ -144,8 +143,17 @@ def _radius(dot: Dot) -> float:
     return smallest + (largest - smallest) * math.sqrt(min(1.0, max(0.0, dot.size)))
 
 
+def _share(value: float, ticks: Sequence[float], axis: Axis) -> float:
+    """How far along its axis a value lies: 0 at the first tick, 1 at the last."""
+    if axis.is_logarithmic:
+        return math.log(value / ticks[0]) / math.log(ticks[-1] / ticks[0])
+    return (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+
 def _ticks(values: Sequence[float], axis: Axis) -> list[float]:
     """Round numbers, about five, the first not above and the last not below any value."""
+    if axis.is_logarithmic:
+        return _logarithmic_ticks(min(values), max(values))
     low, high = min(values, default=0.0), max(values, default=1.0)
     low = min(0.0, low) if axis.from_zero else low
     high = high if axis.up_to is None else max(high, axis.up_to)
@@ -154,6 +162,16 @@ def _ticks(values: Sequence[float], axis: Axis) -> list[float]:
     step = _round_up((high - low) / 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
+
+
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten; over more than three of these, the powers alone."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    start = max(index for index, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
+    end = next((index for index, tick in enumerate(ticks) if tick >= high * (1 - 1e-9)), len(ticks) - 1)
+    return ticks[start : max(end, start + 1) + 1]
 
 
 def _round_up(step: float) -> float:

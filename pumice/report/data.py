@@ -63,7 +63,7 @@ class Point:
     """One way to compile the model that the advisor looked at."""
 
     label: str
-    latency_ms: float
+    latency_ms: float | None = None  # None where it can neither be measured here nor summed
     bytes: float | None = None
     error: float | None = None  # noise over signal of the outputs, as the advisor estimates or measures it
     metric: float | None = None
@@ -158,7 +158,10 @@ def make_report(library: str | Path, request: Request, progress: Progress) -> Re
 
 
 def read_advice(path: str | Path) -> list[Point]:
-    """The points of a file of ``pumice advise``, the fastest first. Raises UsageError where it is none."""
+    """The points of a file of ``pumice advise``, the fastest first, those of unknown time last.
+
+    Raises UsageError for a file that is none.
+    """
     try:
         entries = json.loads(Path(path).read_bytes())["points"]
         points = [_point(entry) for entry in entries]
@@ -167,7 +170,7 @@ def read_advice(path: str | Path) -> list[Point]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UsageError(f"{path}: is not what `pumice advise` writes ({what}); give its advice.json") from error
-    return sorted(points, key=lambda point: point.latency_ms)
+    return sorted(points, key=lambda point: math.inf if point.latency_ms is None else point.latency_ms)
 
 
 def _with_original(report: Report, path: Path) -> Report:
@@ -244,10 +247,9 @@ def _accuracy_in(manifest: Mapping[str, Any], library: str) -> list[Accuracy]:
 
 def _point(entry: Mapping[str, Any]) -> Point:
     numbers = {name: _number(entry.get(name)) for name in ("latency_ms", "bytes", "error", "metric")}
-    latency = numbers.pop("latency_ms")
-    if latency is None or latency < 0:
-        raise ValueError(f"a point without a latency_ms: {str(dict(entry))[:60]}")
-    return Point(str(entry["label"]), latency, chosen=bool(entry.get("chosen")), **numbers)
+    if numbers["latency_ms"] is not None and numbers["latency_ms"] < 0:
+        raise ValueError(f"a latency_ms of {numbers['latency_ms']:g}")
+    return Point(str(entry["label"]), chosen=bool(entry.get("chosen")), **numbers)
 
 
 def _number(value: Any) -> float | None:

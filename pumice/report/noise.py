@@ -21,10 +21,11 @@ def noise_section(report: Report) -> Markup:
     layers = report.layers
     noisy = sorted((layer for layer in layers if layer.noise), key=lambda layer: -total_noise(layer))
     gathered = (
-        "The error that has gathered in each layer's output when the whole network computes as compiled, on "
-        "calibration data: 20 dB is noise of 1 % of the signal's energy, 30 dB of 0.1 %. Numbers are the table's."
+        "What rounding to int8 has brought into each layer's output when the whole network computes as compiled, "
+        "against the same network, pruned already, in float32: 20 dB is noise of 1 % of the signal's energy, 30 dB of "
+        "0.1 %. Numbers are the table's."
     )
-    plots = [element("figure", element("h3", "Error along the network"), *_snr_plot(layers, gathered))]
+    plots = [element("figure", element("h3", "Rounding error along the network"), *_snr_plot(layers, gathered))]
     missing = None
     if noisy:
         plots.insert(0, element("figure", element("h3", "Noise by source"), *_noise_bars(noisy)))

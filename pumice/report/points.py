@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pumice.loader import clean
 from pumice.report.charts import Axis, Dot, legend, scatter_plot
@@ -33,49 +34,64 @@ def frontier_section(report: Report) -> Markup:
     )
 
 
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that none is at least as fast as and better than, the fastest first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.latency_ms, -quality(points, point))):
-        if not best or quality(points, point) > quality(points, best[-1]):
-            best.append(point)
+@dataclass(frozen=True)
+class Place:
+    """Where a point is drawn: its number in the table, its time, its height, and the height so that more is better."""
+
+    point: Point
+    number: int
+    milliseconds: float
+    height: float
+    quality: float
+
+
+def frontier(places: Sequence[Place]) -> list[Place]:
+    """The places that none is at least as fast as and better than, the fastest first."""
+    best: list[Place] = []
+    for place in sorted(places, key=lambda place: (place.milliseconds, -place.quality)):
+        if not best or place.quality > best[-1].quality:
+            best.append(place)
     return best
 
 
-def quality(points: Sequence[Point], point: Point) -> float:
-    """Higher is better: the metric, where all have one, else the error, turned around."""
-    if all(other.metric is not None for other in points):
-        return point.metric or 0.0
-    return -point.error if point.error is not None else -float("inf")
+def have_metric(points: Sequence[Point]) -> bool:
+    """Whether all were measured by the user's metric."""
+    return all(point.metric is not None for point in points)
+
+
+def places_of(points: Sequence[Point]) -> list[Place]:
+    """The points that can be drawn: by the metric, where all have one, else by the error."""
+    by_metric, places = have_metric(points), []
+    for number, point in enumerate(points, start=1):
+        height = point.metric if by_metric else point.error
+        if height is not None and point.latency_ms is not None:
+            places.append(Place(point, number, point.latency_ms, height, height if by_metric else -height))
+    return places
 
 
 def _plot(points: Sequence[Point]) -> list[Markup]:
-    by_metric = all(point.metric is not None for point in points)
-    shown = [point for point in points if by_metric or point.error is not None]
-    if not shown:
-        return [element("p", "The file says nothing of accuracy or error.", class_="quiet")]
-    on_line = frontier(shown)
-
-    def height(point: Point) -> float:
-        return (point.metric if by_metric else point.error) or 0.0
-
-    numbers = {id(point): str(index) for index, point in enumerate(points, start=1)}
+    places = places_of(points)
+    if not places:
+        return [element("p", "No point has both a time and a metric or an error.", class_="quiet")]
+    on_line = frontier(places)
     dots = [
         Dot(
-            point.latency_ms,
-            height(point),
-            f"{clean(point.label)}: {point.latency_ms:.3g} ms, {height(point):.4g}",
-            "chosen" if point.chosen else "sparse" if point in on_line else "between",
-            0.1 if point.chosen else 0.0,
-            numbers[id(point)] if point.chosen or point in on_line else "",
+            place.milliseconds,
+            place.height,
+            f"{clean(place.point.label)}: {place.milliseconds:.3g} ms, {place.height:.4g}",
+            "chosen" if place.point.chosen else "sparse" if place in on_line else "between",
+            0.1 if place.point.chosen else 0.0,
+            str(place.number) if place.point.chosen or place in on_line else "",
         )
-        for point in shown
+        for place in sorted(places, key=lambda place: not place.point.chosen)  # whose number is written first
     ]
     error = Axis("error (noise over signal): lower is better", from_zero=True)
-    up = Axis("metric: higher is better") if by_metric else error
-    line = [(point.latency_ms, height(point)) for point in on_line]
+    up = Axis("metric: higher is better") if have_metric(points) else error
+    is_logarithmic = min(place.milliseconds for place in places) > 0  # float32 may take many times as long
+    across = Axis(f"ms for one inference{' (logarithmic)' * is_logarithmic}", is_logarithmic=is_logarithmic)
+    line = [(place.milliseconds, place.height) for place in on_line]
     kinds = {"chosen": "chosen", "sparse": "best at its time", "between": "beaten by another"}
-    return [legend(kinds), scatter_plot(dots, Axis("ms for one inference"), up, "Quality against time", line)]
+    return [legend(kinds), scatter_plot(dots, across, up, "Quality against time", line)]
 
 
 def _table(points: Sequence[Point]) -> Markup:
@@ -85,7 +101,7 @@ def _table(points: Sequence[Point]) -> Markup:
             "tr",
             number_cell(str(index), index),
             element("td", shorten(clean(point.label), 80), " (chosen)" if point.chosen else None, class_="name"),
-            number_cell(f"{point.latency_ms:.3g}", point.latency_ms),
+            number_cell("" if point.latency_ms is None else f"{point.latency_ms:.3g}", point.latency_ms),
             number_cell("" if point.bytes is None else format_bytes(point.bytes), point.bytes),
             number_cell("" if point.error is None else f"{point.error:.3g}", point.error),
             number_cell("" if point.metric is None else f"{point.metric:.4g}", point.metric),

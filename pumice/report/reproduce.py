@@ -30,8 +30,10 @@ _WORDS = {
     "1x4 block": "Four neighbouring weights that are zero together, or not: what processors can skip at full speed.",
     "dense": "Computed with all weights, zero or not: faster where few are zero.",
     "calibration data": "Typical inputs from which the ranges of numbers were learned when the model was compiled.",
-    "noise, SNR": "By how much a layer's output differs from the original's, relative to its size; SNR is in dB, where "
-    "20 dB is noise of 1 % of the energy, 30 dB 0.1 %.",
+    "noise": "By how much a layer's output differs from the original's, as a share of its energy, when all before "
+    "that layer is exact.",
+    "SNR": "Signal to noise, in dB: what rounding to int8 has brought by then in the whole network, without pruning; "
+    "20 dB is noise of 1 % of the energy, 30 dB of 0.1 %.",
     "kernel": "The piece of machine code that computes one layer.",
     "frontier": "The settings that no other setting beats in both time and quality.",
 }

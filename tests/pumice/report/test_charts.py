@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pumice.report.charts import Axis, Bar, Dot, _ticks, bar_chart, scatter_plot
+from pumice.report.charts import Axis, Bar, Dot, _share, _ticks, bar_chart, scatter_plot
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-9)
 
@@ -57,6 +57,20 @@ def test_points_lie_where_the_ticks_say():
         assert circle.find("title").text == dot.label
     up = {float(t.text): float(t.get("y")) for t in ticks.values() if "end" in t.get("class")}
     assert sorted(up.values(), reverse=True) == [up[key] for key in sorted(up)]  # more is higher
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6))
+def test_logarithmic_ticks_are_around_all_values_and_powers_are_evenly_apart(values):
+    axis = Axis("x", is_logarithmic=True)
+    ticks = _ticks(values, axis)
+    assert 2 <= len(ticks) <= 14
+    assert ticks[0] <= min(values) * 1.001
+    assert ticks[-1] >= max(values) * 0.999
+    assert {f"{tick:.3e}"[0] for tick in ticks} <= set("125")
+    shares = [_share(value, ticks, axis) for value in values]
+    assert all(-1e-3 <= share <= 1.001 for share in shares)
+    middle = (ticks[0] * ticks[-1]) ** 0.5
+    assert _share(middle, ticks, axis) == pytest.approx(0.5)
 
 
 def test_marks_do_not_cover_each_other():

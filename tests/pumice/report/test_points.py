@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pumice.report.data import Point
 from pumice.report.page import format_page
-from pumice.report.points import frontier
+from pumice.report.points import frontier, places_of
 
 small = st.integers(0, 5)
 POINTS = [
@@ -17,15 +17,15 @@ POINTS = [
 
 
 @given(st.lists(st.tuples(small, small), max_size=12), st.booleans())
-def test_the_frontier_is_what_nothing_else_beats(places, by_metric):
-    scores = [{"metric": float(q)} if by_metric else {"error": -float(q)} for _, q in places]
-    points = [Point("p", float(t), **score) for (t, _), score in zip(places, scores, strict=True)]
+def test_the_frontier_is_what_nothing_else_beats(pairs, by_metric):
+    scores = [{"metric": float(q)} if by_metric else {"error": -float(q)} for _, q in pairs]
+    points = [Point("p", float(t), **score) for (t, _), score in zip(pairs, scores, strict=True)]
 
     def beaten(time, quality):
-        return any(t <= time and q >= quality and (t, q) != (time, quality) for t, q in places)
+        return any(t <= time and q >= quality and (t, q) != (time, quality) for t, q in pairs)
 
-    expected = sorted({place for place in places if not beaten(*place)})
-    assert [(p.latency_ms, p.metric if by_metric else -p.error) for p in frontier(points)] == expected
+    expected = sorted({pair for pair in pairs if not beaten(*pair)})
+    assert [(place.milliseconds, place.quality) for place in frontier(places_of(points))] == expected
 
 
 def test_points_are_listed_and_drawn(bare):
@@ -40,7 +40,15 @@ def test_without_a_metric_the_error_is_drawn_and_without_both_it_is_said(bare):
     errors = [replace(point, metric=None) for point in POINTS]
     assert "error (noise over signal): lower is better" in Page(format_page(replace(bare, points=errors), "c")).text
     nothing = [replace(point, metric=None, error=None) for point in POINTS]
-    assert "says nothing of accuracy or error" in Page(format_page(replace(bare, points=nothing), "c")).text
+    page = Page(format_page(replace(bare, points=nothing), "c"))
+    assert "No point has both a time and a metric or an error" in page.text
+
+
+def test_a_point_of_unknown_time_is_listed_and_not_drawn(bare):
+    unknown = Point("somewhere else", None, 700, 0.1, 0.99)
+    page = Page(format_page(replace(bare, points=[*POINTS, unknown]), "c"))
+    assert "somewhere else" in page.text
+    assert len(places_of([*POINTS, unknown])) == len(POINTS)
 
 
 def test_without_points_it_is_said_how_to_get_them(bare):
