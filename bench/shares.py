@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the downloaded packages (bench/README.md)")
     parser.add_argument("--results", type=Path, default=Path("out/shares.jsonl"), help="read, and added to")
-    parser.add_argument("--calibrate", type=int, default=1024, help="texts; a quarter are single words")
+    parser.add_argument("--calibrate", type=int, default=1024, help="texts; half are single words")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
