@@ -16,6 +16,7 @@ from pumice.passes.fuse_gelu import FuseGelu
 from pumice.passes.fuse_norms import FuseLayerNorm, FuseRMSNorm
 from pumice.passes.layer_error import RecordLayerErrors
 from pumice.passes.lower_packed import LowerPacked
+from pumice.passes.permute_channels import PermuteChannels
 from pumice.passes.prune import Prune
 from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, parse_prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
@@ -52,6 +53,7 @@ __all__ = [
     "Magnitude",
     "NearZero",
     "NoPrunedWeightCameBack",
+    "PermuteChannels",
     "Prune",
     "PruneSpec",
     "Quantize",

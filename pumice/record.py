@@ -33,7 +33,7 @@ class LayerRecord:
 
     kernel: str = ""  # e.g. "sparse 1x4 vnni512 8x1", "dense vnni512 4x4", "tvm"
     compiled_bytes: int = 0  # weights, indices, bias and scales as stored
-    snr_db: float | None = None  # of the layer's output against float, over calibration data
+    snr_db: float | None = None  # of the layer's output against the pruned network in float32, over calibration data
     # Noise over signal of the output, for this layer alone on exact inputs: what pruning, weights, activations bring.
     noise: dict[str, float] = field(default_factory=dict)
     reason: str = ""
