@@ -22,7 +22,10 @@ from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, PruneS
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.reconstruct import Reconstruct, ReconstructSpec
+from pumice.passes.remove_filters import RemoveFilters
+from pumice.passes.remove_heads import RemoveHeads
 from pumice.passes.remove_identities import RemoveIdentities
+from pumice.passes.round_weights import RoundWeights
 from pumice.passes.simplify import SimplifyModel, simplification_passes
 from pumice.passes.sink_below_dequantize import SinkBelowDequantize
 from pumice.passes.smooth_activations import SmoothActivations
@@ -62,7 +65,10 @@ __all__ = [
     "ReconstructSpec",
     "RecordLayerErrors",
     "RecordLayers",
+    "RemoveFilters",
+    "RemoveHeads",
     "RemoveIdentities",
+    "RoundWeights",
     "SimplifyModel",
     "SinkBelowDequantize",
     "SmoothActivations",
