@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from coupled import NETWORKS
+from coupled import NETWORKS, attention
+from network import Network
 from running import run_compiled
 
 from pumice.errors import UsageError
@@ -42,6 +43,40 @@ def test_heads_that_add_nothing_go_and_nothing_changes(heads, with_samples):
     assert weights_of(after)["att.out.weight"].shape == (left, 16)
     for a, b in zip(run_compiled(after, feed(mod)), run_compiled(mod, feed(mod)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+def lone_attention():
+    net = Network()
+    return RecordLayers()(net.finish(y=attention(net, "att", net.input("x", (1, 5, 16)), HEADS)))
+
+
+def parts_by_hand(weights, x):
+    """What each head adds to the output of ``lone_attention`` on ``x [T, 16]``: ``[heads, T, 16]``."""
+    q, k, v = (x @ weights[f"att.{part}.weight"] + weights[f"att.{part}.bias"] for part in "qkv")
+    parts = []
+    for first in range(0, q.shape[1], SIZE):
+        own = slice(first, first + SIZE)
+        scores = np.exp(0.3 * q[:, own] @ k[:, own].T)
+        parts.append(scores / scores.sum(1, keepdims=True) @ v[:, own] @ weights["att.out.weight"][own])
+    return np.array(parts)
+
+
+@pytest.mark.parametrize("with_samples", [False, True])
+def test_the_rest_is_attention_by_hand_without_the_weakest_head(with_samples):
+    mod = lone_attention()
+    old = weights_of(mod)
+    samples = feed(mod, 8, 1)
+    if with_samples:
+        strength = sum(np.square(parts_by_hand(old, x)).sum((1, 2)) for x in samples["x"])
+    else:
+        strength = np.square(old["att.out.weight"]).reshape(HEADS, -1).sum(1)
+    kept = [head for head in range(HEADS) if head != np.argmin(strength)]
+    after = RemoveHeads("heads:0.25", samples if with_samples else None, update_weights=False)(mod)
+    x = feed(mod)["x"][0]
+    expected = parts_by_hand(old, x)[kept].sum(0) + old["att.out.bias"]
+    if with_samples:  # the mean of what is gone is in the bias
+        expected = expected + np.mean([parts_by_hand(old, s)[np.argmin(strength)] for s in samples["x"]], (0, 1))
+    np.testing.assert_allclose(run_compiled(after, {"x": x[None]})[0][0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_one_head_stays():
