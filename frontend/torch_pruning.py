@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pumice.errors import UsageError
-from pumice.frontend.torch_patterns import Pattern
+from pumice.frontend.torch_patterns import expand, lowest, units
 from pumice.frontend.torch_scores import SCORES
+from pumice.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class GradualPruner:
     def sparsity(self) -> dict[str, float]:
         """The share of units (blocks, or single weights) that are all zero: by weight name, and of all as ``all``."""
         with torch.no_grad():
-            zero = {name: self.pattern.units(_weight(x).abs()) == 0 for name, x in self._layers.items()}
+            zero = {name: units(self.pattern, _weight(x).abs()) == 0 for name, x in self._layers.items()}
         zero["all"] = torch.cat([part.flatten() for part in zero.values()])
         return {name: float(part.double().mean()) for name, part in zero.items()}
 
@@ -174,7 +175,7 @@ class GradualPruner:
                 self.left_alone[name] = f"not among {', '.join(only)}"
             elif len(owners[id(weight)]) > 1:
                 self.left_alone[name] = f"one tensor is the weight of {', '.join(owners[id(weight)])}"
-            elif self.pattern.width > 1 and weight.shape[1] == 1:
+            elif self.pattern.needs_neighbours and weight.shape[1] == 1:
                 self.left_alone[name] = "each output channel reads one input channel: it has no neighbours"
         found = {f"{name}.weight": layer for name, layer in layers.items() if name not in self.left_alone}
         if not found:
@@ -187,16 +188,16 @@ class GradualPruner:
         """Zero the lowest ``share`` of all units."""
         scores = {name: self._unit_scores(name, _weight(layer)) for name, layer in self._layers.items()}
         if self._everywhere:
-            zeros = self.pattern.lowest(list(scores.values()), share)
+            zeros = lowest(self.pattern, list(scores.values()), share)
         else:
-            zeros = [self.pattern.lowest([score], share)[0] for score in scores.values()]
+            zeros = [lowest(self.pattern, [score], share)[0] for score in scores.values()]
         for pruned, zero in zip(self._pruned.values(), zeros, strict=True):
-            pruned |= self.pattern.expand(zero, pruned.shape)
+            pruned |= expand(self.pattern, zero, pruned.shape)
         self._apply()
 
     def _unit_scores(self, name: str, weight: Tensor) -> Tensor:
-        units = self._score.comparable(self.pattern.units(self._score.of(name, weight).float()))
-        return units.masked_fill(self.pattern.units(weight.abs()) == 0, -torch.inf)
+        found = self._score.comparable(units(self.pattern, self._score.of(name, weight).float()))
+        return found.masked_fill(units(self.pattern, weight.abs()) == 0, -torch.inf)
 
     def _apply(self) -> None:
         for name, layer in self._layers.items():

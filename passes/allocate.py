@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pumice.passes.patterns import smallest
 from pumice.passes.prune_rows import prune_rows, saliency
 from pumice.passes.prune_spec import Magnitude, SparseGPT, Wanda
 from pumice.passes.statistics import Moments, output_error
+from pumice.patterns import smallest
 
 Spec = Magnitude | Wanda | SparseGPT
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 _CACHED = 1 << 17  # float32 values of a piece of work, which then stays in a core's own cache
 _PATIENCE = 20  # times that nothing better was found before a part of the order is shuffled
@@ -231,6 +230,8 @@ def _assign(views: Sequence[View], current: _Evaluated, gaps: np.ndarray) -> np.
             stayed = values[block]
             stayed[np.arange(len(gaps)), inside] = 0
             gains += view.weight * _gains(channels, view.rule.limits(stayed, thresholds))
+    from scipy.optimize import linear_sum_assignment  # slow to import, and few compilations order channels
+
     return np.asarray(linear_sum_assignment(gains, maximize=True)[1])
 
 

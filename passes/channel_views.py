@@ -11,10 +11,10 @@ import numpy as np
 from pumice.passes.channel_groups import ChannelGroup, Slot, source_indices
 from pumice.passes.channel_order import FewestBlocks, LargestBlocks, LargestOfEach, Rule, View
 from pumice.passes.layers import Layer
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_rows import saliency, zeros
 from pumice.passes.prune_spec import Magnitude, NearZero, SparseGPT, Wanda
 from pumice.passes.statistics import Moments
+from pumice.patterns import Pattern
 
 Spec = Magnitude | NearZero | Wanda | SparseGPT
 

@@ -18,7 +18,7 @@ from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.quantization_plan import accumulator_bound
-from pumice.passes.rewriting import Rewriter, rewrite, shape_of
+from pumice.passes.rewriting import Rewriter, array_of, rewrite, shape_of
 
 _DONE = "pumice.bias_corrected"
 
@@ -147,9 +147,9 @@ class _Corrector:
     def _corrected(self, layer: Layer, old: relax.Expr | None) -> np.ndarray:
         """The new bias, but the old one where the accumulator has no room for the new beside the products."""
         shift = self.shifts[layer.var]
-        bias = np.zeros_like(shift) if old is None else _array(old, self.weights).astype(np.float64).reshape(-1)
-        scale = _array(self.graph.value[layer.data].args[1], self.weights).astype(np.float64)
-        unit = scale.reshape(-1) * _array(layer.weight_scale, self.weights).astype(np.float64).reshape(-1)
+        bias = np.zeros_like(shift) if old is None else array_of(old, self.weights).astype(np.float64).reshape(-1)
+        scale = array_of(self.graph.value[layer.data].args[1], self.weights).astype(np.float64)
+        unit = scale.reshape(-1) * array_of(layer.weight_scale, self.weights).astype(np.float64).reshape(-1)
         room = 2**31 - 1 - accumulator_bound(layer, self.weights[layer.weight.name])
         return np.where(np.abs(bias + shift) < unit * room, bias + shift, bias)
 
@@ -179,11 +179,6 @@ def _dequantized(layer: Layer, graph: Dataflow, weights: Mapping[str, np.ndarray
     shape = [1] * stored.ndim
     shape[layer.channel_axis] = -1
     call = graph.value[layer.call.args[1]]
-    scale, zero_point = (_array(operand, weights).astype(np.float64).reshape(-1) for operand in call.args[1:3])
+    scale, zero_point = (array_of(operand, weights).astype(np.float64).reshape(-1) for operand in call.args[1:3])
     result: np.ndarray = (stored - zero_point.reshape(shape)) * scale.reshape(shape)
     return result
-
-
-def _array(expr: relax.Expr, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    value: np.ndarray = weights[expr.name] if isinstance(expr, relax.Var) else expr.value.numpy()
-    return value

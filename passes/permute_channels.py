@@ -15,12 +15,12 @@ from pumice.passes.channel_groups import find_channel_groups, permuted
 from pumice.passes.channel_order import find_order
 from pumice.passes.channel_views import INPUTS, OUTPUTS, Bundle, ScoredLayer, Spec, bundles_of, score, score_mask
 from pumice.passes.layers import Layer, find_layers
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune import needs_samples
 from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, check_globs, parse_prune
 from pumice.passes.source_order import source_orders_of, with_source_orders
 from pumice.passes.sparsity import describe, is_depthwise
 from pumice.passes.statistics import Moments, input_moments
+from pumice.patterns import Pattern
 
 _WORDS = {frozenset({INPUTS}): "input channels", frozenset({OUTPUTS}): "output channels"}
 

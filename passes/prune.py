@@ -14,12 +14,12 @@ from pumice.module import source_of, weights_of, with_layers, with_weights
 from pumice.passes.allocate import allocate
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_rows import prune_rows
 from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, check_globs, parse_prune
 from pumice.passes.segments import segments
 from pumice.passes.sparsity import describe, is_depthwise
 from pumice.passes.statistics import Moments, input_moments
+from pumice.patterns import Pattern
 
 Progress = Callable[[int, int], None]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from pumice.errors import PumiceError
 from pumice.passes.brain_surgeon import alternate, damped, losses, refit, sparsegpt
-from pumice.passes.patterns import Pattern, smallest
 from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda
 from pumice.passes.statistics import Moments
+from pumice.patterns import Pattern, smallest
 
 
 def prune_rows(rows: np.ndarray, spec: PruneSpec, amount: float, moments: Moments | None = None) -> np.ndarray:

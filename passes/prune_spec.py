@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from pumice.errors import UsageError
-from pumice.passes.patterns import KNOWN, Pattern
+from pumice.patterns import KNOWN, Pattern
 
 ALLOCATIONS = ("uniform", "global", "erk", "sensitivity")
 EXAMPLES = "magnitude:1x4:0.9:keep=head*, sparsegpt:2:4, near-zero:unstructured:1e-3, filters:0.3"

@@ -26,7 +26,7 @@ from pumice.passes.quantization_plan import (
     weight_scales_of,
     with_weight_scales,
 )
-from pumice.passes.rewriting import Rewriter, rewrite
+from pumice.passes.rewriting import Rewriter, array_of, rewrite
 from pumice.record import LayerRecord
 
 _BIAS_LIMIT = 2**30  # a bias in units of the accumulator
@@ -150,7 +150,7 @@ class _Quantizer:
         bias = self.graph.bias(self.graph.biased(layer.var), layer.var)
         if bias is None:
             return None
-        value = weights[bias.name] if isinstance(bias, relax.Var) else bias.value.numpy()
+        value = array_of(bias, weights)
         return np.asarray(value).reshape(-1)
 
 

@@ -21,7 +21,7 @@ from tvm.relax.op import add
 from pumice.module import weights_of, with_weights
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
-from pumice.passes.rewriting import Rewriter, rewrite
+from pumice.passes.rewriting import Rewriter, array_of, rewrite
 from pumice.passes.slice_channels import Removal
 from pumice.passes.sparsity import classify_zeros
 from pumice.passes.statistics import Moments
@@ -105,7 +105,7 @@ def _with_biases(mod: IRModule, shifts: Mapping[relax.Var, np.ndarray]) -> IRMod
         if old is None:
             shape = [1, -1, 1, 1] if layer.operator == "conv2d" else [-1]
             return add(rewriter.emit(value), rewriter.weight(name, shift.astype(np.float32).reshape(shape)))
-        array = weights[old.name] if isinstance(old, relax.Var) else old.value.numpy()
+        array = array_of(old, weights)
         if isinstance(old, relax.Var) and graph.users[old] == [var]:
             name = old.name
         new = rewriter.weight(name, (array + shift.reshape(array.shape)).astype(array.dtype))

@@ -7,7 +7,7 @@ dropped, bindings and weights alike, and every name is unique: calibration keys 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import tvm
@@ -42,6 +42,12 @@ def shape_of(expr: relax.Expr) -> tuple[int, ...]:
 def dtype_of(expr: relax.Expr) -> str:
     """The element type of a tensor, as numpy calls it."""
     return str(expr.ty.dtype)
+
+
+def array_of(expr: relax.Expr, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The value of a constant, or of a variable that is one of the ``weights``."""
+    value: np.ndarray = weights[expr.name] if isinstance(expr, relax.Var) else expr.value.numpy()
+    return value
 
 
 def is_tensor(expr: relax.Expr) -> bool:

@@ -28,7 +28,7 @@ from pumice.passes.dataflow import Dataflow
 from pumice.passes.evaluate import Evaluator
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.padding import real_positions, token_mask
-from pumice.passes.rewriting import Rewriter, rewrite
+from pumice.passes.rewriting import Rewriter, array_of, rewrite
 from pumice.passes.rounding import dequantized_weight
 
 
@@ -91,8 +91,8 @@ def _changes(original: IRModule, quantized: IRModule) -> dict[str, _Change]:
             continue
         if after.op(later.data) != "dequantize":
             continue
-        scale, zero_point = (_array(operand, new) for operand in after.value[later.data].args[1:3])
-        weight = dequantized_weight(later, new[later.weight.name], _array(later.weight_scale, new))
+        scale, zero_point = (array_of(operand, new) for operand in after.value[later.data].args[1:3])
+        weight = dequantized_weight(later, new[later.weight.name], array_of(later.weight_scale, new))
         affine = Affine(float(scale.reshape(())), int(zero_point.reshape(())))
         found[layer.name] = _Change(
             layer, affine, weight.astype(np.float32), _shift(_bias(before, layer, old), _bias(after, later, new))
@@ -102,7 +102,7 @@ def _changes(original: IRModule, quantized: IRModule) -> dict[str, _Change]:
 
 def _bias(graph: Dataflow, layer: Layer, weights: Mapping[str, np.ndarray]) -> np.ndarray | None:
     bias = graph.bias(graph.biased(layer.var), layer.var)
-    return None if bias is None else _array(bias, weights)
+    return None if bias is None else array_of(bias, weights)
 
 
 def _shift(before: np.ndarray | None, after: np.ndarray | None) -> np.ndarray | None:
@@ -111,11 +111,6 @@ def _shift(before: np.ndarray | None, after: np.ndarray | None) -> np.ndarray | 
         return None
     shift = after if before is None else after - before
     return shift if np.any(shift) else None
-
-
-def _array(expr: relax.Expr, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    value: np.ndarray = weights[expr.name] if isinstance(expr, relax.Var) else expr.value.numpy()
-    return value
 
 
 def _with_inputs(mod: IRModule, added: list[relax.Var]) -> IRModule:

@@ -9,7 +9,6 @@ from math import ceil
 
 import numpy as np
 import tvm
-from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import layers_of, weights_of, with_layers
@@ -19,7 +18,7 @@ from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.layer_error import decibels
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.padding import real_positions, token_mask
-from pumice.passes.rewriting import shape_of
+from pumice.passes.rewriting import array_of, shape_of
 from pumice.passes.rounding import dequantized_weight, rounded_tensor
 from pumice.passes.smooth_activations import find_smoothable
 from pumice.passes.statistics import unfold
@@ -146,17 +145,12 @@ def _splits(before: IRModule, mod: IRModule) -> list[_Split]:
             if not np.array_equal(pruned, old[layer.weight.name]):
                 found.append(_Split(layer, layer.to_rows(weight), {"pruning": layer.to_rows(weight - pruned)}))
         elif graph.op(later.data) == "dequantize":
-            scale, zero_point = (_array(operand, new) for operand in graph.value[later.data].args[1:3])
-            stored = dequantized_weight(later, new[later.weight.name], _array(later.weight_scale, new))
+            scale, zero_point = (array_of(operand, new) for operand in graph.value[later.data].args[1:3])
+            stored = dequantized_weight(later, new[later.weight.name], array_of(later.weight_scale, new))
             affine = Affine(float(scale.reshape(())), int(zero_point.reshape(())))
             changed = {"weights": layer.to_rows(weight - stored)}
             found.append(_Split(layer, layer.to_rows(weight), changed, affine, layer.to_rows(stored)))
     return found
-
-
-def _array(expr: relax.Expr, weights: Mapping[str, np.ndarray]) -> np.ndarray:
-    value: np.ndarray = weights[expr.name] if isinstance(expr, relax.Var) else expr.value.numpy()
-    return value
 
 
 def _tell_worst(records: Mapping[str, LayerRecord], smoothable: set[str]) -> None:

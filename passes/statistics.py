@@ -68,7 +68,7 @@ def input_moments(
     tensors = list(dict.fromkeys(layer.data for layer in chosen))
     if not tensors:
         return {}
-    evaluator, mask = Evaluator(mod, tensors), token_mask(mod)
+    evaluator, mask = Evaluator(mod, tensors, with_outputs=False), token_mask(mod)
     arrays = Samples(mod, samples)
     picked = list(islice(arrays, 0, None, math.ceil(len(arrays) / limit)))
     for done, sample in enumerate(picked, start=1):

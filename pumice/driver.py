@@ -30,7 +30,7 @@ from pumice.passes.pipeline import LowerOptions, lower
 from pumice.passes.prune_spec import PruneSpec
 from pumice.passes.rewriting import bindings_of, op_name
 from pumice.prepare import Masks, prepare
-from pumice.recipe import Recipe, read_recipe
+from pumice.recipe import Recipe, recipe_of
 from pumice.schedules.measurements import Machine, read_measurements
 from pumice.stages import Progress, Stages
 from pumice.targets.isa import isa
@@ -114,8 +114,7 @@ def compile_model(
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
     pool = check_threads(threads)
-    base = read_recipe(recipe) if isinstance(recipe, str | Path) else recipe or Recipe()
-    chosen = base.but(
+    chosen = recipe_of(recipe).but(
         prune=prune,
         keep_float=keep_float,
         float_budget=float_budget,

@@ -92,9 +92,10 @@ def _pruned(
             mod = _apply(mod, Prune(spec, calibration))
     if recipe.reconstruct and zeroing:
         options = ReconstructSpec(recipe.reconstruct, int8=recipe.quantize, whole=recipe.reconstruct_whole)
+        if calibration is None:
+            raise _no_calibration(mod, "reconstruction trains on", "leave --reconstruct (reconstruct=) out")
         with stage(f"reconstruct blocks ({recipe.reconstruct} steps)"):
-            samples = _needed(mod, calibration, "reconstruction trains on")
-            mod = _apply(mod, Reconstruct(dense, samples, options, QuantizeSpec(recipe.keep_float)))
+            mod = _apply(mod, Reconstruct(dense, calibration, options, QuantizeSpec(recipe.keep_float)))
     if zeroing and measure_errors and calibration is not None:
         with stage("measure what pruning did to each layer"):
             mod = _apply(mod, SplitErrors(dense, calibration))
@@ -107,7 +108,7 @@ def _quantized(
     spec = QuantizeSpec(recipe.keep_float)
     if calibration is None:
         if plan_quantization(mod, spec).layers:
-            _needed(mod, calibration, "quantizing to int8 needs")
+            raise _no_calibration(mod, "quantizing to int8 needs", "give --no-quantize (quantize=False)")
         return _apply(mod, Quantize(spec))
     if recipe.smooth:
         with stage("smooth activations"):
@@ -115,15 +116,15 @@ def _quantized(
     if recipe.equalize:
         with stage("equalize channels"):
             mod = _apply(mod, EqualizeChannels(calibration))
+    original = mod
+    evaluator = SharedEvaluator(original, _observed_later(original, recipe, measure_errors))
     if recipe.float_budget:
         with stage(f"choose layers that stay float (at most {recipe.float_budget:.0%} of the work)"):
             method, correct = recipe.calibration_method, recipe.correct_bias
-            spec = within_budget(mod, calibration, recipe.float_budget, spec, method, correct)
-    original = mod
+            spec = within_budget(mod, calibration, recipe.float_budget, spec, method, correct, evaluator=evaluator)
     if recipe.rounding == "gptq":
         with stage("round weights (gptq)"):
             mod = _apply(mod, RoundWeights(calibration, spec))
-    evaluator = SharedEvaluator(_observed_later(original, recipe, measure_errors))
     with stage(f"calibrate ({recipe.calibration_method})"):
         mod = _apply(mod, Calibrate(calibration, recipe.calibration_method, spec, evaluator=evaluator))
     with stage("quantize"):
@@ -138,19 +139,17 @@ def _quantized(
         return _apply(mod, errors, SplitErrors(original, calibration, evaluator=evaluator))
 
 
-def _needed(mod: IRModule, calibration: Samples | None, why: str) -> Samples:
-    if calibration is None:
-        raise UsageError(
-            f"{source_of(mod)}: {why} calibration data, one array an input with a few hundred samples; give "
-            "--calibration FILE.npz (calibration= in Python), or --no-quantize (quantize=False)"
-        )
-    return calibration
+def _no_calibration(mod: IRModule, why: str, otherwise: str) -> UsageError:
+    return UsageError(
+        f"{source_of(mod)}: {why} calibration data, one array an input with a few hundred samples; give "
+        f"--calibration FILE.npz (calibration= in Python), or {otherwise}"
+    )
 
 
 def _observed_later(mod: IRModule, recipe: Recipe, measure_errors: bool) -> list[relax.Var]:
     """What the passes behind calibration observe of the float module."""
-    computed = Dataflow(mod).activations
-    inputs = [layer.data for layer in find_layers(mod) if layer.data in computed] if recipe.correct_bias else []
+    computed, needed = Dataflow(mod).activations, recipe.correct_bias or measure_errors
+    inputs = [layer.data for layer in find_layers(mod) if layer.data in computed] if needed else []
     return [*inputs, *(layer_results(mod).values() if measure_errors else [])]
 
 

@@ -85,6 +85,11 @@ class Recipe:
             raise ModelError(f"{source}: {error}") from error
 
 
+def recipe_of(given: Recipe | str | Path | None) -> Recipe:
+    """The recipe that is given, or that is in the file; without any, the default. Raises what ``read_recipe`` does."""
+    return read_recipe(given) if isinstance(given, str | Path) else given or Recipe()
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a TOML file; raises ModelError, with the file's name and the place, for what is none."""
     try:

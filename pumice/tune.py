@@ -21,7 +21,7 @@ from pumice.passes.layer_kernel import LayerWork
 from pumice.passes.lower_packed import LowerPacked
 from pumice.passes.prune_spec import PruneSpec
 from pumice.prepare import Masks, prepare
-from pumice.recipe import Recipe, read_recipe
+from pumice.recipe import Recipe, recipe_of
 from pumice.schedules.measurements import Journal, Machine, Measurement, open_journal
 from pumice.schedules.tiling import Candidate
 from pumice.stages import Progress, Stages
@@ -85,8 +85,9 @@ def tune_model(
     """
     pool = check_threads(threads)
     target = Target.parse("native")
-    base = read_recipe(recipe) if isinstance(recipe, str | Path) else recipe or Recipe()
-    chosen = base.but(prune=prune, keep_float=keep_float, quantize=quantize, equalize=False, correct_bias=False)
+    chosen = recipe_of(recipe).but(
+        prune=prune, keep_float=keep_float, quantize=quantize, equalize=False, correct_bias=False
+    )
     with open_journal(output, Machine.of(target, pool)) as journal:
         stage = Stages(progress)
         with stage("read the model"):

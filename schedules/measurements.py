@@ -9,9 +9,7 @@ it was killed is a line without its end: it is not read, and the next writer tak
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pumice.appending import Append, open_to_append
 from pumice.errors import UsageError
 from pumice.schedules.tiling import FORMS, Candidate, Form, Tiling
 from pumice.targets.detect import host_cpu
@@ -139,10 +138,9 @@ def format_time(nanoseconds: float) -> str:
 class Journal:
     """A database that one process adds to; ``measurements`` is what it has for the machine."""
 
-    def __init__(self, path: Path, descriptor: int, machine: Machine) -> None:
-        found = _read(path)
+    def __init__(self, found: dict[Machine, Measurements], append: Append, machine: Machine) -> None:
         self.measurements = found.get(machine, Measurements(machine))
-        self._descriptor = descriptor
+        self._append = append
         self._is_current = bool(found) and list(found)[-1] == machine
 
     def add(self, entries: Sequence[Measurement]) -> None:
@@ -150,7 +148,7 @@ class Journal:
         lines = [entry.to_json() for entry in entries]
         if not self._is_current:
             lines.insert(0, {"machine": asdict(self.measurements.machine)})
-        os.write(self._descriptor, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        self._append([json.dumps(line) for line in lines])
         self._is_current = True
         self.measurements.entries.extend(entries)
 
@@ -161,25 +159,8 @@ def open_journal(path: str | Path, machine: Machine) -> Iterator[Journal]:
 
     Raises UsageError: a file that is no database, that cannot be written, or that another process adds to.
     """
-    path = Path(path)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        _lock(path, descriptor)
-        journal = Journal(path, descriptor, machine)
-        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)  # a line without its end
-        yield journal
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(f"{path}: another `pumice tune` is writing to it; give each a file of its own") from error
+    with open_to_append(Path(path), _read, "`pumice tune`") as (found, append):
+        yield Journal(found, append, machine)
 
 
 def _read(path: Path) -> dict[Machine, Measurements]:

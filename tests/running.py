@@ -12,6 +12,16 @@ from pumice.passes.evaluate import Evaluator
 from pumice.passes.simplify import SimplifyModel
 
 
+def random_feed(mod: IRModule, count: int = 1, seed: int = 0, below: int = 2) -> dict[str, np.ndarray]:
+    """``count`` samples for each input of ``main``: normal floats, integers from 0 to ``below - 1``."""
+    draw, found = np.random.default_rng(seed), {}
+    for var in inputs_of(mod):
+        shape, dtype = [count, *(int(size) for size in tuple(var.ty.shape)[1:])], str(var.ty.dtype)
+        values = draw.standard_normal(shape) if "float" in dtype else draw.integers(0, below, shape)
+        found[str(var.name)] = np.asarray(values, dtype)
+    return found
+
+
 def run_compiled(mod: IRModule, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """The outputs of ``main`` as they are compiled for real: simplified, lowered to Pumice's kernels, built."""
     return list(Evaluator(SimplifyModel()(mod)).run(inputs).values())

@@ -9,8 +9,8 @@ import numpy as np
 
 from pumice.advisor.allocation import Choice
 from pumice.advisor.layer_options import ESTIMATED, LayerTable
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_spec import parse_prune
+from pumice.patterns import Pattern
 
 _FINEST = 100  # amounts of a uniform setting are multiples of a hundredth
 

@@ -13,10 +13,10 @@ from pumice.errors import UsageError
 from pumice.module import layers_of, weights_of
 from pumice.passes.layer_kernel import LayerWork
 from pumice.passes.layers import Layer, find_layers
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_spec import METHODS, PruneSpec, SparseGPT
 from pumice.passes.sparsity import is_depthwise
 from pumice.passes.statistics import Moments, input_moments
+from pumice.patterns import Pattern
 from pumice.targets.target import Target
 from pumice.tune import layer_works
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pumice.passes.patterns import Pattern
+from pumice.patterns import Pattern
 from pumice.recipe import Recipe
 
 _STEPS = 5000

@@ -9,15 +9,14 @@ off by the next.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pumice.appending import Append, open_to_append
 from pumice.errors import UsageError
 
 Json = TypeVar("Json")
@@ -26,11 +25,11 @@ Json = TypeVar("Json")
 class WorkFile:
     """Remembers JSON values by what they answer; without a file, for as long as it lives."""
 
-    def __init__(self, run: str, known: dict[str, Any] | None = None, descriptor: int | None = None) -> None:
+    def __init__(self, run: str, known: dict[str, Any] | None = None, append: Append | None = None) -> None:
         """``run`` is what all values depend on, as text."""
         self._run = run
         self._known = known or {}
-        self._descriptor = descriptor
+        self._append = append
 
     def has(self, what: str, *details: str) -> bool:
         """Whether the answer is known."""
@@ -42,9 +41,8 @@ class WorkFile:
         if key not in self._known:
             value = compute()
             self._known[key] = value
-            if self._descriptor is not None:
-                line = json.dumps({"key": key, "what": what, "value": value}) + "\n"
-                os.write(self._descriptor, line.encode())
+            if self._append is not None:
+                self._append([json.dumps({"key": key, "what": what, "value": value})])
         found: Json = self._known[key]
         return found
 
@@ -61,25 +59,8 @@ def open_work_file(path: str | Path | None, run: str) -> Iterator[WorkFile]:
     if path is None:
         yield WorkFile(run)
         return
-    path = Path(path)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        _lock(path, descriptor)
-        known = _read(path)
-        os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
-        yield WorkFile(run, known, descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(path: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(f"{path}: another process is writing to it; give each a file of its own") from error
+    with open_to_append(Path(path), _read, "process") as (known, append):
+        yield WorkFile(run, known, append)
 
 
 def _read(path: Path) -> dict[str, Any]:

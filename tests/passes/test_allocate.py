@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from pumice.passes.allocate import allocate
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_rows import prune_rows
 from pumice.passes.prune_spec import Magnitude, SparseGPT, Wanda
 from pumice.passes.statistics import Moments, output_error
+from pumice.patterns import Pattern
 
 BLOCK = Pattern(1, 4)
 

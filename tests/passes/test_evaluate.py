@@ -127,7 +127,7 @@ def test_passes_that_share_an_evaluator_compile_once(monkeypatch):
     alone = road(None)
     assert len(compiled) == 4
     foreseen = [*(layer.data for layer in find_layers(mod)), *layer_results(mod).values()]
-    shared = road(SharedEvaluator(foreseen))
+    shared = road(SharedEvaluator(foreseen=foreseen))
     assert len(compiled) == 4 + 2  # the float module, and the quantized one
     for one, other in zip(layers_of(alone).values(), layers_of(shared).values(), strict=True):
         assert one.snr_db == pytest.approx(other.snr_db, abs=0.1)
@@ -146,3 +146,12 @@ def test_another_module_or_another_variable_is_compiled_for_itself():
     doubled = with_weights(mod, {name: 2 * value for name, value in weights_of(mod).items()})
     (value,), (other,) = (shared.of(each, [first]).observe(sample) for each in (mod, doubled))
     np.testing.assert_allclose(other, 2 * value, rtol=1e-5, atol=1e-5)
+
+
+def test_the_module_that_is_shared_may_be_named_before_another_is_asked_for():
+    mod = residual_network()
+    first, last = [var for var in Dataflow(mod).value if var.name in ("stem.relu", "mean")]
+    doubled = with_weights(mod, {name: 2 * value for name, value in weights_of(mod).items()})
+    shared = SharedEvaluator(mod, [last])
+    assert shared.of(doubled, [first]) is not shared.of(doubled, [first])
+    assert shared.of(mod, [first]) is shared.of(mod, [last])

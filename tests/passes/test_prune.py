@@ -9,8 +9,8 @@ from tvm.script import relax as R
 from pumice.errors import ModelError, UsageError
 from pumice.module import layers_of, weights_of
 from pumice.passes import Prune
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_spec import Magnitude
+from pumice.patterns import Pattern
 
 
 @I.ir_module

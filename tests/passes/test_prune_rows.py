@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pumice.passes.patterns import BLOCKS, Pattern
 from pumice.passes.prune_rows import prune_rows, saliency
 from pumice.passes.prune_spec import Magnitude, NearZero, SparseGPT, Wanda
 from pumice.passes.statistics import Moments, output_error
+from pumice.patterns import BLOCKS, Pattern
 
 PATTERNS = ["unstructured", *BLOCKS, "2:4", "1:4", "4:8"]
 

@@ -1,8 +1,8 @@
 import pytest
 
 from pumice.errors import UsageError
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, SparseGPT, Wanda, parse_prune
+from pumice.patterns import Pattern
 
 BLOCK, GROUP = Pattern(1, 4), Pattern(group=(2, 4))
 

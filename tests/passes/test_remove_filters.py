@@ -8,12 +8,12 @@ from coupled import NETWORKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from network import Network
-from running import run_compiled
+from running import random_feed, run_compiled
 from tvm import relax
 from tvm.relax import op as R
 
 from pumice.errors import UsageError
-from pumice.module import inputs_of, layers_of, weights_of, with_weights
+from pumice.module import layers_of, weights_of, with_weights
 from pumice.passes import RecordLayers, SimplifyModel
 from pumice.passes.channel_groups import find_channel_groups
 from pumice.passes.channel_labels import label_channels
@@ -23,16 +23,6 @@ from pumice.passes.refit_readers import refitted
 from pumice.passes.remove_filters import RemoveFilters, choose
 from pumice.passes.slice_channels import without_channels
 from pumice.passes.statistics import Moments
-
-
-def feed(mod, count=1, seed=1):
-    generator = np.random.default_rng(seed)
-    arrays = {}
-    for var in inputs_of(mod):
-        shape, dtype = [count, *(int(d) for d in tuple(var.ty.shape)[1:])], str(var.ty.dtype)
-        real = generator.standard_normal(shape).astype(dtype) if "float" in dtype else generator.integers(0, 20, shape)
-        arrays[var.name] = real
-    return arrays
 
 
 def convolved(x, weight, bias):
@@ -63,7 +53,7 @@ def test_two_layers_are_the_network_written_out_without_the_channels():
     new = weights_of(after)
     np.testing.assert_array_equal(new["a.weight"], old["a.weight"][kept])
     np.testing.assert_array_equal(new["b.weight"], old["b.weight"][:, kept])
-    inputs = feed(mod)
+    inputs = random_feed(mod, seed=1)
     hidden = np.maximum(convolved(inputs["image"][0], old["a.weight"][kept], old["a.bias"][:, kept]), 0)
     expected = convolved(hidden, old["b.weight"][:, kept], old["b.bias"])
     np.testing.assert_allclose(run_compiled(after, inputs)[0][0], expected, rtol=1e-4, atol=1e-4)
@@ -85,9 +75,9 @@ def test_a_network_without_channels_is_the_one_whose_readers_ignore_them(name, e
             index = [slice(None)] * ignoring[slot.weight].ndim
             index[slot.axis] = slot.positions[removal.channels].ravel()
             ignoring[slot.weight][tuple(index)] = 0
-    expected = run_compiled(with_weights(mod, ignoring), feed(mod))
+    expected = run_compiled(with_weights(mod, ignoring), random_feed(mod, seed=1))
     after = without_channels(mod, label_channels(mod), removals)
-    for a, b in zip(run_compiled(after, feed(mod)), expected, strict=True):
+    for a, b in zip(run_compiled(after, random_feed(mod, seed=1)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
     for removal in removals:
         for slot in removal.group.slots:
@@ -111,7 +101,8 @@ def test_removing_what_is_zero_changes_nothing(name):
     after = RemoveFilters("filters:0.5:multiple=1")(mod)
     macs = [sum(layer.macs for layer in layers_of(RecordLayers()(m)).values()) for m in (mod, after)]
     assert macs[1] < 0.6 * macs[0]
-    for a, b in zip(run_compiled(after, feed(mod)), run_compiled(mod, feed(mod)), strict=True):
+    inputs = random_feed(mod, seed=1)
+    for a, b in zip(run_compiled(after, inputs), run_compiled(mod, inputs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
 
 
@@ -176,7 +167,8 @@ def test_by_activation_the_channel_with_the_smallest_values_goes():
     mod = two_layers(4)
     weights = dict(weights_of(mod))
     weights["a.bias"] = np.array([5, -50, 1, 9], np.float32).reshape(1, 4, 1, 1)  # the second is never active
-    after = RemoveFilters(Filters(0.25, by="activation", multiple=1), feed(mod, 8))(with_weights(mod, weights))
+    least_active = RemoveFilters(Filters(0.25, by="activation", multiple=1), random_feed(mod, 8, 1))
+    after = least_active(with_weights(mod, weights))
     np.testing.assert_array_equal(weights_of(after)["a.weight"], weights["a.weight"][[0, 2, 3]])
 
 
@@ -240,7 +232,7 @@ def test_readers_make_up_for_what_is_gone(bias):
     net = Network()
     x = net.relu("relu", net.linear("a", net.input("x", (1, 6)), 16))
     mod = net.finish(y=net.linear("b", x, 8, bias=bias))
-    samples = feed(mod, 200)
+    samples = random_feed(mod, 200, 1)
     spec = "filters:0.25"
     errors = [
         mean_error(mod, RemoveFilters(spec, given, update)(mod), samples)
@@ -256,7 +248,7 @@ def test_zeros_in_a_pattern_stay_zero():
     weights = dict(weights_of(mod))
     mask = np.random.default_rng(3).random(weights["b.weight"].shape) < 0.5
     weights["b.weight"] = np.where(mask, 0, weights["b.weight"]).astype(np.float32)
-    after = weights_of(RemoveFilters("filters:0.5", feed(mod, 20))(with_weights(mod, weights)))
+    after = weights_of(RemoveFilters("filters:0.5", random_feed(mod, 20, 1))(with_weights(mod, weights)))
     kept = np.sort(np.argsort(np.abs(weights["a.weight"]).sum((1, 2, 3)))[8:])
     np.testing.assert_array_equal(after["b.weight"], weights["b.weight"][:, kept])
     assert np.abs(after["b.bias"] - weights["b.bias"]).max() > 0

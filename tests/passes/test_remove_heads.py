@@ -2,23 +2,14 @@ import numpy as np
 import pytest
 from coupled import NETWORKS, attention
 from network import Network
-from running import run_compiled
+from running import random_feed, run_compiled
 
 from pumice.errors import UsageError
-from pumice.module import inputs_of, layers_of, weights_of, with_weights
+from pumice.module import layers_of, weights_of, with_weights
 from pumice.passes import Prune, RecordLayers
 from pumice.passes.remove_heads import RemoveHeads
 
 HEADS, SIZE = 4, 4  # of the attention in tests/coupled.py, of width 16
-
-
-def feed(mod, count=1, seed=0):
-    draw, found = np.random.default_rng(seed), {}
-    for var in inputs_of(mod):
-        shape = [count, *(int(d) for d in tuple(var.ty.shape)[1:])]
-        values = draw.standard_normal(shape) if "float" in str(var.ty.dtype) else draw.integers(0, 2, shape)
-        found[var.name] = np.asarray(values, str(var.ty.dtype))
-    return found
 
 
 def silenced(heads):
@@ -34,14 +25,14 @@ def silenced(heads):
 @pytest.mark.parametrize("with_samples", [False, True])
 def test_heads_that_add_nothing_go_and_nothing_changes(heads, with_samples):
     mod = silenced(heads)
-    samples = feed(mod, 6, 1) if with_samples else None
+    samples = random_feed(mod, 6, 1) if with_samples else None
     after = RemoveHeads(f"heads:{len(heads) / HEADS}", samples)(mod)
     left = (HEADS - len(heads)) * SIZE
     kept = [i for head in range(HEADS) if head not in heads for i in range(head * SIZE, (head + 1) * SIZE)]
     for name in ("att.q.weight", "att.k.weight", "att.v.weight"):
         np.testing.assert_array_equal(weights_of(after)[name], weights_of(mod)[name][:, kept])
     assert weights_of(after)["att.out.weight"].shape == (left, 16)
-    for a, b in zip(run_compiled(after, feed(mod)), run_compiled(mod, feed(mod)), strict=True):
+    for a, b in zip(run_compiled(after, random_feed(mod)), run_compiled(mod, random_feed(mod)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
 
 
@@ -65,14 +56,14 @@ def parts_by_hand(weights, x):
 def test_the_rest_is_attention_by_hand_without_the_weakest_head(with_samples):
     mod = lone_attention()
     old = weights_of(mod)
-    samples = feed(mod, 8, 1)
+    samples = random_feed(mod, 8, 1)
     if with_samples:
         strength = sum(np.square(parts_by_hand(old, x)).sum((1, 2)) for x in samples["x"])
     else:
         strength = np.square(old["att.out.weight"]).reshape(HEADS, -1).sum(1)
     kept = [head for head in range(HEADS) if head != np.argmin(strength)]
     after = RemoveHeads("heads:0.25", samples if with_samples else None, update_weights=False)(mod)
-    x = feed(mod)["x"][0]
+    x = random_feed(mod)["x"][0]
     expected = parts_by_hand(old, x)[kept].sum(0) + old["att.out.bias"]
     if with_samples:  # the mean of what is gone is in the bias
         expected = expected + np.mean([parts_by_hand(old, s)[np.argmin(strength)] for s in samples["x"]], (0, 1))

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pumice.errors import ModelError, UsageError
-from pumice.passes.patterns import Pattern
 from pumice.passes.prune_spec import Magnitude, SparseGPT
+from pumice.patterns import Pattern
 from pumice.recipe import Recipe, format_recipe, read_recipe
 
 

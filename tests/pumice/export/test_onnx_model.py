@@ -9,7 +9,7 @@ import pytest
 from coupled import NETWORKS
 from network import residual_network
 from onnx import numpy_helper
-from running import run_compiled
+from running import random_feed, run_compiled
 from tiny import tiny_onnx
 
 from pumice.driver import compile_model
@@ -21,29 +21,22 @@ from pumice.passes import Calibrate, Prune, Quantize, RecordLayers, SimplifyMode
 from pumice.passes.layers import find_layers
 
 
-def feed(mod, count=1, seed=0):
-    draw, found = np.random.default_rng(seed), {}
-    for var in inputs_of(mod):
-        shape = [count, *(int(d) for d in tuple(var.ty.shape)[1:])]
-        values = draw.standard_normal(shape) if "float" in str(var.ty.dtype) else draw.integers(0, 2, shape)
-        found[var.name] = np.asarray(values, str(var.ty.dtype))
-    return found
-
-
 def elsewhere(model, inputs):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 
 def quantized(mod, seed=5):
-    return Quantize()(Calibrate(feed(mod, 8, seed), "minmax")(RecordLayers()(mod)))
+    return Quantize()(Calibrate(random_feed(mod, 8, seed), "minmax")(RecordLayers()(mod)))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float_networks_give_the_same(name):
     """float32 in another order of summation: 1e-4 of the largest output."""
     mod = NETWORKS[name]()
-    for theirs, ours in zip(elsewhere(export_onnx(mod), feed(mod)), run_compiled(mod, feed(mod)), strict=True):
+    for theirs, ours in zip(
+        elsewhere(export_onnx(mod), random_feed(mod)), run_compiled(mod, random_feed(mod)), strict=True
+    ):
         np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-4 * np.abs(ours).max())
 
 
@@ -55,7 +48,7 @@ def test_int8_networks_differ_by_less_than_rounding_does(name):
     """
     mod = NETWORKS[name]()
     int8 = quantized(mod)
-    inputs = feed(mod)
+    inputs = random_feed(mod)
     outputs = zip(
         elsewhere(export_onnx(int8), inputs), run_compiled(int8, inputs), run_compiled(mod, inputs), strict=True
     )
@@ -88,7 +81,7 @@ def test_read_back_it_is_the_same_network():
         assert (after.name, after.pattern, after.sparsity) == (before.name, before.pattern, before.sparsity)
     again = Quantize()(back)
     assert all(layer.dtype == "int8" for layer in layers_of(again).values())
-    for ours, theirs in zip(run_compiled(int8, feed(int8)), run_compiled(again, feed(int8)), strict=True):
+    for ours, theirs in zip(run_compiled(int8, random_feed(int8)), run_compiled(again, random_feed(int8)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 

@@ -1,8 +1,8 @@
 """The patterns that zeros come in: single weights, blocks, and N of M neighbours.
 
-Patterns see a weight as rows ``[N, taps, C]`` (see ``passes/layers.py``). A *unit* is what is kept or dropped as a
-whole: a block of output by input channels at one kernel position, or a single weight. Where a channel count is no
-multiple of the block, the last block is shorter.
+Patterns see a weight as rows ``[N, taps, C]`` (see ``passes/layers.py``; ``frontend/torch_patterns.py`` does so on
+tensors). A *unit* is what is kept or dropped as a whole: a block of output by input channels at one kernel
+position, or a single weight. Where a channel count is no multiple of the block, the last block is shorter.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Pattern:
     def amount(self) -> float | None:
         """The share of zeros that the pattern itself says; None where it is free."""
         return None if self.group is None else 1 - self.group[0] / self.group[1]
+
+    @property
+    def most(self) -> float:
+        """The largest share of zeros that there can be."""
+        return 1.0 if self.amount is None else self.amount
 
     def unit_scores(self, scores: np.ndarray) -> np.ndarray:
         """The sums of ``scores [N, taps, C]`` over blocks: float64 ``[ceil(N / height), taps, ceil(C / width)]``."""
