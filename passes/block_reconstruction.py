@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,8 @@ def reconstruct(
     stages = [("the block", _pairs(mod, dense, spec.least_layers), spec.learning_rate)]
     if spec.whole:
         stages.append(("the whole network", _pairs(mod, dense, _WHOLE), spec.whole_rate))
-    chosen = _chosen(mod, samples, spec.limit)
+    held = max(_held_bytes(segment) for _, pairs, _ in stages for segment, _ in pairs)
+    chosen = _chosen(mod, samples, min(spec.limit, max(2, spec.memory // held)))
     pruned, original = _Network(mod, chosen), _Network(dense, chosen)
     mask = token_mask(mod)
     real = None if mask is None else np.stack([sample[mask] != 0 for sample in chosen])
@@ -151,6 +153,12 @@ def _chosen(mod: IRModule, samples: Mapping[str, np.ndarray], limit: int) -> lis
             f"{len(arrays)}, and a few hundred are good"
         )
     return list(islice(arrays, 0, None, -(-len(arrays) // limit)))
+
+
+def _held_bytes(segment: Segment) -> int:
+    """What is held of one sample while a block is trained: its inputs and outputs in either network, as float32."""
+    variables = [*segment.live_in, *segment.live_out]
+    return 2 * 4 * sum(math.prod(shape_of(var)) for var in variables)
 
 
 def _pairs(mod: IRModule, dense: IRModule, least: int) -> list[tuple[Segment, Segment]]:

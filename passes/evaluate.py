@@ -123,4 +123,4 @@ def _with_taps(mod: IRModule, taps: Sequence[relax.Var], with_outputs: bool) -> 
     func = relax.Function(main.params, body, result.ty, main.is_pure, main.attrs)
     tapped = mod.clone()
     tapped.update_func(mod.get_global_var("main"), func)
-    return tapped if with_outputs else relax.transform.DeadCodeElimination()(tapped)
+    return tapped if with_outputs else relax.transform.DeadCodeElimination(["main"])(tapped)

@@ -24,8 +24,8 @@ class ReconstructSpec:
     Each block, of at least ``least_layers`` layers, takes ``steps`` minibatches of ``batch`` samples.
     ``learning_rate`` is the largest step of a weight, as a share of the root mean square of its tensor. ``int8``: the
     blocks compute with rounded weights and activations. ``whole``: a last stage of as many steps trains all parameters
-    together on the model's outputs, at ``whole_rate``. At most ``limit`` samples are used, evenly spread; the share
-    ``held_out`` of them decides which weights are kept.
+    together on the model's outputs, at ``whole_rate``. At most ``limit`` samples are used, evenly spread, and no more
+    than ``memory`` bytes hold the activations of; the share ``held_out`` of them decides which weights are kept.
     """
 
     steps: int = 400
@@ -35,13 +35,14 @@ class ReconstructSpec:
     whole_rate: float = 0.005
     batch: int = 32
     least_layers: int = 2
-    limit: int = 1024
+    limit: int = 4096
+    memory: int = 2**32
     held_out: float = 0.15
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained by."""
-        for name in ("steps", "learning_rate", "whole_rate", "batch", "least_layers"):
+        for name in ("steps", "learning_rate", "whole_rate", "batch", "least_layers", "memory"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"reconstruction with {name} = {getattr(self, name)}; it must be positive")
         if self.limit < 2 or not 0 < self.held_out < 1:
@@ -72,7 +73,8 @@ class Reconstruct:
     at last, its outputs against the dense network's: distillation.
 
     What was reached is in each layer's notes, in dB of noise against signal. The result depends on the samples and the
-    seed, and in the last bits on the number of threads. Memory: three times the activations of all samples at a cut.
+    seed, and in the last bits on the number of threads. The activations of all samples at a cut, of both
+    networks, are held in memory.
 
     Sources: BRECQ (arXiv 2102.05426) for blocks as the unit; AdaRound (arXiv 2004.10568) for reconstruction on a few
     unlabelled samples; Optimal Brain Compression (arXiv 2208.11580) for a block's inputs from the compressed network.

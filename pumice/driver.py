@@ -18,17 +18,20 @@ from tvm.ir import GenericConst, IRModule
 
 from pumice.artifact import CompiledModel
 from pumice.errors import UsageError
+from pumice.evaluation import Metric
 from pumice.export import write_onnx
 from pumice.files import check_destination
 from pumice.frontend import read_model
 from pumice.module import inputs_of, layers_of, output_names_of, source_of, weights_of
 from pumice.passes.calibrate import read_calibration
 from pumice.passes.choose_kernel import Chooser, preview
+from pumice.passes.evaluate import Evaluator
 from pumice.passes.layers import find_layers
 from pumice.passes.link_steps import link_steps
 from pumice.passes.pipeline import LowerOptions, lower
 from pumice.passes.prune_spec import PruneSpec
 from pumice.passes.rewriting import bindings_of, op_name
+from pumice.passes.simplify import SimplifyModel
 from pumice.prepare import Masks, prepare
 from pumice.recipe import Recipe, recipe_of
 from pumice.schedules.measurements import Machine, read_measurements
@@ -88,6 +91,7 @@ def compile_model(
     libc: str | None = None,
     check: bool = True,
     emit_onnx: str | Path | None = None,
+    metric: Metric | None = None,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Compile a model into a library: ``.save(path)`` writes it, calling it runs it.
@@ -110,6 +114,8 @@ def compile_model(
     (any version), ``musl``, or None, the one that this system's compiler links against. ``check`` stores the first
     calibration sample (without any, seeded noise) in the library, with a checksum of what every kernel makes of it, for
     ``pumice verify``. ``emit_onnx`` is where the pruned and quantized model is written too, as ONNX for other runtimes.
+    ``metric`` is measured of the model as it was read and of what it became, both on this machine whatever the target,
+    and the manifest says both.
 
     Raises UsageError, ModelError, UnsupportedError and MissingDependencyError as their docstrings say.
     """
@@ -139,13 +145,15 @@ def compile_model(
     chooser = _chooser(tuning_db, Machine.of(device, pool))
     stage = Stages(progress)
     with stage("read the model"):
-        mod = read_model(model, inputs)
-    samples = samples_of(calibration, mod)
-    mod = prepare(mod, chosen, samples, masks, stage, measure_errors)
+        original = read_model(model, inputs)
+    samples = samples_of(calibration, original)
+    mod = prepare(original, chosen, samples, masks, stage, measure_errors)
     if emit_onnx is not None:
         with stage("write the ONNX model"):
             write_onnx(mod, emit_onnx, chosen.to_json())
     manifest = _describe(mod, device, options, model)
+    if metric is not None:
+        manifest["accuracy"] = _accuracy(SimplifyModel()(original), mod, metric, stage)
     with stage(f"lower for {device.name}"):
         lowering = LowerOptions(pool, chooser)
         lowered = lower(mod, device, lowering)
@@ -170,6 +178,15 @@ def _chooser(tuning_db: str | Path | None, machine: Machine) -> Chooser:
         return Chooser()
     measured = read_measurements(tuning_db, machine)
     return Chooser(measured=measured, where="here" if measured.machine == machine else f"on {measured.machine.cpu}")
+
+
+def _accuracy(original: IRModule, mod: IRModule, metric: Metric, stage: Stages) -> dict[str, dict[str, float | None]]:
+    """Each number of the metric, before and after."""
+    with stage("evaluate the model as it was"):
+        before = metric(Evaluator(original).run)
+    with stage("evaluate what it became"):
+        after = metric(Evaluator(mod).run)
+    return {name: {"before": before.get(name), "after": value} for name, value in after.items()}
 
 
 def inspect_model(model: Any, inputs: Any = None, masks: Masks | None = None) -> dict[str, Any]:

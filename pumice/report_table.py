@@ -32,6 +32,9 @@ def format_report(manifest: dict[str, Any], width: int) -> str:
     if "workspace" in manifest:
         sizes = {kind: format_bytes(manifest[kind]) for kind in ("weights", "workspace")}
         lines.append(f"  memory {sizes['weights']} of weights, {sizes['workspace']} of workspace")
+    for name, entry in manifest.get("accuracy", {}).items():
+        before = "" if entry["before"] is None else f"{entry['before']:.4g} -> "
+        lines.append(f"  {clean(name)} {before}{entry['after']:.4g} (higher is better)")
     if digest := manifest["source"]["sha256"]:
         lines.append(f"  source SHA-256 {digest}")
     return "\n".join([*lines, "", format_layers(layers, width), *_format_targets(manifest.get("targets", []))])

@@ -15,6 +15,7 @@ from pumice.commands.common import (
     parse_shapes,
     positive,
     refuse_to_overwrite,
+    script_of,
     show_progress,
     terminal_width,
 )
@@ -161,10 +162,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Raise UsageError where a file could not be written, or is one that is read: before the work, not after."""
     from pumice.files import check_destination
 
-    script = args.eval.rpartition(":")[0] if args.eval else None
     for output in filter(None, (args.output, args.advice, args.plot)):
         check_destination(output)
-        refuse_to_overwrite(output, args.model, args.calibration, script, args.recipe, args.tuning_db)
+        refuse_to_overwrite(output, args.model, args.calibration, script_of(args.eval), args.recipe, args.tuning_db)
 
 
 def _write_recipe(args: argparse.Namespace, advice: Advice) -> None:

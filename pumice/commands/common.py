@@ -91,6 +91,11 @@ def refuse_to_overwrite(output: str | Path, *sources: str | Path | None, option:
             raise UsageError(f"{option} {output}: is {source} itself, which would be lost; give another name")
 
 
+def script_of(metric: str | None) -> str | None:
+    """The script of ``SCRIPT.py:FUNCTION``, which no output may be written over."""
+    return metric.rpartition(":")[0] if metric else None
+
+
 def show_progress(stage: str, seconds: float | None) -> None:
     """One line a stage on stderr, with its seconds when it has ended."""
     from pumice.report_table import clean

@@ -12,6 +12,7 @@ from pumice.commands.common import (
     add_model_options,
     model_options,
     refuse_to_overwrite,
+    script_of,
     show_progress,
     terminal_width,
 )
@@ -93,6 +94,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--emit-onnx", metavar="FILE.onnx", help="also write the pruned, quantized model as ONNX, for other runtimes"
     )
+    parser.add_argument(
+        "--eval",
+        metavar="SCRIPT.py:FUNCTION",
+        help="measure by this function of yours, which gets an engine, run(feed) -> outputs, and returns a number, or "
+        "a dict of numbers: of the model before and after, for the report",
+    )
     parser.add_argument("--json", action="store_true", help="the manifest as JSON instead of the table")
 
 
@@ -100,12 +107,13 @@ def run(args: argparse.Namespace) -> None:
     """Compile, write, report."""
     from pumice.driver import compile_model
     from pumice.errors import UsageError
+    from pumice.evaluation import load_metric
     from pumice.files import check_destination
     from pumice.report_table import clean, format_bytes
 
     output = Path(args.output)
     check_destination(output)
-    sources = (args.model, args.calibration, args.masks, args.tuning_db, args.recipe)
+    sources = (args.model, args.calibration, args.masks, args.tuning_db, args.recipe, script_of(args.eval))
     refuse_to_overwrite(output, *sources)
     if args.emit_onnx:
         check_destination(args.emit_onnx)
@@ -129,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
         libc=args.libc,
         check=not args.no_check,
         emit_onnx=args.emit_onnx,
+        metric=load_metric(args.eval) if args.eval else None,
         progress=show_progress,
         **model_options(args),
     )

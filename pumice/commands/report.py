@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pumice.commands.common import Commands, add_command, positive, refuse_to_overwrite, show_progress
+from pumice.commands.common import Commands, add_command, positive, refuse_to_overwrite, script_of, show_progress
 from pumice.errors import UsageError
 
 
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("there is nowhere to write the report to: give -o report.html, or --json to print its data")
     if args.output:
         check_destination(args.output)
-        script = args.eval.rpartition(":")[0] if args.eval else None
-        refuse_to_overwrite(args.output, args.library, args.model, script, args.advice, args.inputs)
+        refuse_to_overwrite(args.output, args.library, args.model, script_of(args.eval), args.advice, args.inputs)
     request = Request(
         model=Path(args.model) if args.model else None,
         metric=load_metric(args.eval) if args.eval else None,

@@ -63,6 +63,15 @@ def test_one_layer_comes_to_its_least_squares_solution():
     assert errors[2] <= errors[1] < errors[2] + 0.05 * (errors[0] - errors[2])
 
 
+def test_memory_limits_how_many_samples_are_used():
+    """Of each 8 floats go in and 4 come out, in either network; 15 % of the samples are held out."""
+    dense, samples = two_layers(), {"x": correlated(200)}
+    pruned = Prune("magnitude:1x4:0.5")(dense)
+    for memory, held_out in ((2 * 12 * 4 * 40, 6), (2**30, 30), (1, 1)):
+        after = Reconstruct(dense, samples, ReconstructSpec(steps=1, memory=memory))(pruned)
+        assert f" on {held_out} held-out samples" in layers_of(after)["first"].notes[-1].replace("(", " ")
+
+
 def test_two_layers_get_nearer_and_zeros_stay():
     dense, samples, unseen = two_layers(), {"x": correlated(200)}, {"x": correlated(300)[200:]}
     pruned = Prune("magnitude:1x4:0.5")(dense)

@@ -8,6 +8,7 @@ from tiny import tiny_onnx
 
 import pumice
 from pumice.errors import ModelError, UsageError
+from pumice.evaluation import Metric
 from pumice.peers import OnnxRuntime, is_quantized, quantize_int8, read_pinned
 
 SHAPE = (1, 1, 8, 8)
@@ -50,6 +51,27 @@ def test_arguments_of_the_wrong_kind(model_path, samples):
         pumice.compile(model_path, inputs={"image": SHAPE}, calibration=samples)
     with pytest.raises(UsageError, match=r"'haed' names no layer of .*; its layers are stem, conv, fc"):
         pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples}, keep_float="haed")
+
+
+def test_a_metric_is_kept_before_and_after(tmp_path, model_path, samples):
+    """Before is the model's own value, after that of the library; the report on it says both."""
+
+    def metric(run):
+        logits = np.concatenate([run({"image": sample[None]})["logits"] for sample in samples])
+        return {"largest": logits.max(), "mean": logits.mean()}
+
+    compiled = pumice.compile(
+        model_path, inputs={"image": SHAPE}, calibration={"image": samples}, prune="magnitude:1x4:0.5",
+        metric=Metric(tmp_path / "metric.py", "metric", metric),
+    )  # fmt: skip
+    found = compiled.manifest["accuracy"]
+    peer = OnnxRuntime(read_pinned(model_path, {"image": SHAPE}), 1)
+    before, after = metric(peer.run), metric(lambda feed: compiled(**feed))
+    for name in ("largest", "mean"):
+        assert found[name]["before"] == pytest.approx(before[name], rel=1e-5, abs=1e-5)
+        assert found[name]["after"] == pytest.approx(after[name], rel=1e-6)
+        assert found[name]["before"] != found[name]["after"]
+    assert f"mean {before['mean']:.4g} -> {after['mean']:.4g} (higher is better)" in compiled.report(120)
 
 
 def test_a_live_module(samples):
