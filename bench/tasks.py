@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnx
 from sklearn.linear_model import LogisticRegression
 from tvm.ir import IRModule
 
@@ -35,10 +37,20 @@ _REVIEWS = 500
 class Task:
     """A network, ``measure(run)`` of any form of it, and the name of the measure that counts most."""
 
-    mod: IRModule
+    model: onnx.ModelProto
     calibration: Mapping[str, np.ndarray]
     measure: Callable[[Run], dict[str, float]]
     main: str
+
+    @cached_property
+    def mod(self) -> IRModule:
+        """The network as a module."""
+        return read_model(self.model, self.inputs)
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one sample, by input name."""
+        return {name: (1, *array.shape[1:]) for name, array in self.calibration.items()}
 
 
 def evaluate(task: Task, mod: IRModule) -> dict[str, float]:
@@ -51,13 +63,13 @@ def demo(folder: Path) -> Task:
     """The dense demo network on Fashion-MNIST: 2,000 test images, calibrated on 256 training images."""
     with TemporaryDirectory(prefix="pumice-") as scratch:
         data = read_data(Path(str(files("pumice.demo"))), Path(scratch))
-        mod = read_model(data.models["dense"], {"image": (1, 1, 28, 28)})
+        model = onnx.load(data.models["dense"])
 
     def measure(run: Run) -> dict[str, float]:
         logits = _all(run, {"image": data.test_images})
         return {"top-1": float(np.mean(logits.argmax(1) == data.test_labels))}
 
-    return Task(mod, {"image": data.calibration_images[:_CALIBRATE]}, measure, "top-1")
+    return Task(model, {"image": data.calibration_images[:_CALIBRATE]}, measure, "top-1")
 
 
 def mobilenet(folder: Path) -> Task:
@@ -67,12 +79,12 @@ def mobilenet(folder: Path) -> Task:
     network = load_network(folder)
     calibrating, tested = split(read_pictures(folder).values())
     reference = engines.torch_engine(network).run_all({"image": tested})
-    mod = _exported(network, {"image": tested[:1]})
+    model = _exported(network, {"image": tested[:1]})
 
     def measure(run: Run) -> dict[str, float]:
         return agreement(_all(run, {"image": tested}), reference)
 
-    return Task(mod, {"image": calibrating[:128]}, measure, "top-1 as float")
+    return Task(model, {"image": calibrating[:128]}, measure, "top-1 as float")
 
 
 def minilm(folder: Path, calibrate: int = _CALIBRATE) -> Task:
@@ -117,10 +129,9 @@ def add_task_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
 
 
-def _exported(network: object, sample: Mapping[str, np.ndarray]) -> IRModule:
+def _exported(network: object, sample: Mapping[str, np.ndarray]) -> onnx.ModelProto:
     with TemporaryDirectory(prefix="pumice-") as scratch:
-        path = engines.export(network, sample, Path(scratch, "model.onnx"))  # type: ignore[arg-type]
-        return read_model(path, None)
+        return onnx.load(engines.export(network, sample, Path(scratch, "model.onnx")))  # type: ignore[arg-type]
 
 
 def _all(run: Run, feed: Mapping[str, np.ndarray]) -> np.ndarray:
