@@ -67,7 +67,7 @@ class Reference:
 
 def _cosine(exact: np.ndarray, found: np.ndarray) -> float:
     sizes = float(np.linalg.norm(exact) * np.linalg.norm(found))
-    return float(exact @ found) / sizes if sizes > 0 else float(np.array_equal(exact, found))
+    return float(np.array_equal(exact, found)) if sizes == 0 else float(exact @ found) / sizes
 
 
 class Stitcher:
