@@ -15,7 +15,8 @@ from tvm import relax
 from tvm.ir import IRModule
 
 from pumice.module import weights_of, with_weights
-from pumice.passes.channel_labels import ChannelLabels, HeadLabels, label_channels, single_axis
+from pumice.passes.channel_labels import ChannelLabels, HeadLabels, single_axis
+from pumice.passes.channel_rules import label_channels
 from pumice.passes.fold_batch_norm import norm_scales_of, with_norm_scales
 from pumice.passes.rewriting import Rewriter, rewrite
 

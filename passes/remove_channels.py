@@ -10,7 +10,7 @@ from tvm.ir import IRModule
 
 from pumice.module import source_of, with_layers
 from pumice.passes.channel_groups import ChannelGroup
-from pumice.passes.channel_labels import label_channels
+from pumice.passes.channel_rules import label_channels
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.prune_spec import PruneSpec, check_globs
 from pumice.passes.refit_readers import readers, refit_readers

@@ -153,7 +153,7 @@ def compile_model(
             write_onnx(mod, emit_onnx, chosen.to_json())
     manifest = _describe(mod, device, options, model)
     if metric is not None:
-        manifest["accuracy"] = _accuracy(SimplifyModel()(original), mod, metric, stage)
+        manifest["accuracy"] = _accuracy(original, mod, metric, stage)
     with stage(f"lower for {device.name}"):
         lowering = LowerOptions(pool, chooser)
         lowered = lower(mod, device, lowering)
@@ -183,7 +183,7 @@ def _chooser(tuning_db: str | Path | None, machine: Machine) -> Chooser:
 def _accuracy(original: IRModule, mod: IRModule, metric: Metric, stage: Stages) -> dict[str, dict[str, float | None]]:
     """Each number of the metric, before and after."""
     with stage("evaluate the model as it was"):
-        before = metric(Evaluator(original).run)
+        before = metric(Evaluator(tvm.transform.Sequential([SimplifyModel()])(original)).run)
     with stage("evaluate what it became"):
         after = metric(Evaluator(mod).run)
     return {name: {"before": before.get(name), "after": value} for name, value in after.items()}

@@ -16,7 +16,7 @@ from pumice.errors import UsageError
 from pumice.module import layers_of, weights_of, with_weights
 from pumice.passes import RecordLayers, SimplifyModel
 from pumice.passes.channel_groups import find_channel_groups
-from pumice.passes.channel_labels import label_channels
+from pumice.passes.channel_rules import label_channels
 from pumice.passes.fold_batch_norm import norm_scales_of
 from pumice.passes.prune_spec import Filters
 from pumice.passes.refit_readers import refitted
