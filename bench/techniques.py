@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("out/techniques.jsonl"), help="read, and added to")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th setting, from the I-th on")
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
+    parser.add_argument("--levels", nargs="+", type=float, choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--table", action="store_true", help="print the results, measure nothing")
     options = parser.parse_args()
     options.results.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,12 @@ def main() -> None:
         return
     first, count = (int(number) for number in options.part.split("/"))
     for network in options.networks:
-        mine = [s for s in settings([network]) if s.technique in ("dense", *options.techniques)][first - 1 :: count]
+        wanted = [
+            each
+            for each in settings([network])
+            if each.technique in ("dense", *options.techniques) and each.level in (0.0, *options.levels)
+        ]
+        mine = wanted[first - 1 :: count]
         known = {(row["network"], row["technique"], row["pattern"], row["level"]) for row in read(options.results)}
         missing = [s for s in mine if (s.network, s.technique, s.pattern, s.level) not in known]
         task = TASKS[network](options.data) if missing else None
