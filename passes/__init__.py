@@ -18,7 +18,7 @@ from pumice.passes.layer_error import RecordLayerErrors
 from pumice.passes.lower_packed import LowerPacked
 from pumice.passes.permute_channels import PermuteChannels
 from pumice.passes.prune import Prune
-from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, parse_prune
+from pumice.passes.prune_spec import OBC, Filters, Heads, Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, parse_prune
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.reconstruct import Reconstruct, ReconstructSpec
@@ -34,6 +34,7 @@ from pumice.passes.split_errors import SplitErrors
 from pumice.passes.weights import AdoptWeights, BindWeights
 
 __all__ = [
+    "OBC",
     "AdoptWeights",
     "BindWeights",
     "Calibrate",

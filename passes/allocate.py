@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from pumice.passes.prune_rows import prune_rows, saliency
-from pumice.passes.prune_spec import Magnitude, SparseGPT, Wanda
+from pumice.passes.prune_spec import Magnitude, Surgeon, Wanda
 from pumice.passes.statistics import Moments, output_error
 from pumice.patterns import smallest
 
-Spec = Magnitude | Wanda | SparseGPT
+Spec = Magnitude | Wanda | Surgeon
 
 _STEPS = 20  # shares at which a layer's sensitivity is looked at
 
@@ -72,7 +72,7 @@ def _curve(spec: Spec, rows: np.ndarray, moments: Moments) -> np.ndarray:
 
     By the method's own zeros, but without making up for them, which would take as long as pruning the network as often.
     """
-    simple = Wanda(spec.pattern, spec.amount, "global") if isinstance(spec, SparseGPT) else spec
+    simple = Wanda(spec.pattern, spec.amount, "global") if isinstance(spec, Surgeon) else spec
     errors = [
         output_error(rows, prune_rows(rows, simple, share, moments), moments) for share in np.linspace(0, 1, _STEPS + 1)
     ]

@@ -12,11 +12,11 @@ from pumice.passes.channel_groups import ChannelGroup, Slot, source_indices
 from pumice.passes.channel_order import FewestBlocks, LargestBlocks, LargestOfEach, Rule, View
 from pumice.passes.layers import Layer
 from pumice.passes.prune_rows import saliency, zeros
-from pumice.passes.prune_spec import Magnitude, NearZero, SparseGPT, Wanda
+from pumice.passes.prune_spec import Magnitude, NearZero, Surgeon, Wanda
 from pumice.passes.statistics import Moments
 from pumice.patterns import Pattern
 
-Spec = Magnitude | NearZero | Wanda | SparseGPT
+Spec = Magnitude | NearZero | Wanda | Surgeon
 
 OUTPUTS, INPUTS = 0, 2  # the axes of rows [N, taps, C]
 _FILLED = Pattern.parse("1x4")  # the blocks that are stored for zeros without a pattern
@@ -83,13 +83,13 @@ def score(layer: Layer, rows: np.ndarray, spec: Spec, amount: float, moments: Mo
     """What ``spec`` counts in the layer's weight ``rows``, when it takes ``amount`` of it.
 
     Without a pattern, or with a threshold, what goes does not depend on the order, but the blocks that hold what stays
-    do. sparsegpt is scored by the losses that it starts from, which lets it make up for none of them.
+    do. sparsegpt and obc are scored by the losses that they start from, which make up for none of them.
     """
     pattern = spec.pattern
     if isinstance(spec, NearZero):
         stays = ~zeros(rows, replace(spec, pattern=Pattern()), amount)
     elif pattern == Pattern():
-        simple = Wanda(pattern, amount, spec.allocation) if isinstance(spec, SparseGPT) else spec
+        simple = Wanda(pattern, amount, spec.allocation) if isinstance(spec, Surgeon) else spec
         stays = ~zeros(rows, simple, amount, moments)
     else:
         by_row = isinstance(spec, Wanda) and spec.allocation == "uniform" and pattern.height == 1

@@ -16,7 +16,7 @@ from pumice.passes.channel_order import find_order
 from pumice.passes.channel_views import INPUTS, OUTPUTS, Bundle, ScoredLayer, Spec, bundles_of, score, score_mask
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.prune import needs_samples
-from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, check_globs, parse_prune
+from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, Surgeon, Wanda, check_globs, parse_prune
 from pumice.passes.source_order import source_orders_of, with_source_orders
 from pumice.passes.sparsity import describe, is_depthwise
 from pumice.passes.statistics import Moments, input_moments
@@ -134,7 +134,7 @@ def fixed_layers(mod: IRModule) -> dict[str, str]:
 
 
 def _checked(spec: PruneSpec) -> Spec:
-    if not isinstance(spec, Magnitude | NearZero | Wanda | SparseGPT):
+    if not isinstance(spec, Magnitude | NearZero | Wanda | Surgeon):
         raise UsageError(f"{spec} takes whole channels out, so their order is nothing to it; give other specifications")
     return spec
 

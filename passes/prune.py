@@ -15,7 +15,7 @@ from pumice.passes.allocate import allocate
 from pumice.passes.dataflow import Dataflow
 from pumice.passes.layers import Layer, find_layers
 from pumice.passes.prune_rows import prune_rows
-from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda, check_globs, parse_prune
+from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, Surgeon, Wanda, check_globs, parse_prune
 from pumice.passes.segments import segments
 from pumice.passes.sparsity import describe, is_depthwise
 from pumice.passes.statistics import Moments, input_moments
@@ -34,7 +34,7 @@ class Prune:
     is zero already counts, and stays zero. Of equals the first goes. Where a channel count is no multiple of the
     block, the last block is shorter. int8 weights are compared by the value that they stand for.
 
-    ``samples`` (as for ``Calibrate``) are what wanda, sparsegpt and the allocation ``sensitivity`` look at. These
+    ``samples`` (as for ``Calibrate``) are what wanda, sparsegpt, obc and the allocation ``sensitivity`` look at. These
     prune block by block of the network, each on what the pruned blocks before it give; ``progress(done, total)`` hears
     of each sample that was run.
 
@@ -52,7 +52,7 @@ class Prune:
     ) -> None:
         """Raises UsageError for a specification that is none, or one that takes out whole channels."""
         self.spec = parse_prune(spec) if isinstance(spec, str) else spec
-        if not isinstance(self.spec, Magnitude | NearZero | Wanda | SparseGPT):
+        if not isinstance(self.spec, Magnitude | NearZero | Wanda | Surgeon):
             raise UsageError(f"{self.spec} changes the network's shape, which Prune does not")
         self.samples = samples
         self.progress = progress
@@ -87,7 +87,7 @@ class Prune:
 
 def needs_samples(spec: PruneSpec) -> bool:
     """Whether a specification that ``Prune`` takes cannot be carried out without calibration data."""
-    return isinstance(spec, Wanda | SparseGPT) or (isinstance(spec, Magnitude) and spec.allocation == "sensitivity")
+    return isinstance(spec, Wanda | Surgeon) or (isinstance(spec, Magnitude) and spec.allocation == "sensitivity")
 
 
 def _left_alone(mod: IRModule, layers: list[Layer], spec: PruneSpec) -> dict[str, str]:
@@ -106,9 +106,9 @@ def _left_alone(mod: IRModule, layers: list[Layer], spec: PruneSpec) -> dict[str
             )
         elif needs_samples(spec) and layer.data not in computed:
             notes[layer.name] = f"not pruned: its data is a constant, of which {spec.method} has no samples"
-        elif isinstance(spec, SparseGPT) and layer.weight_scale is not None:
+        elif isinstance(spec, Surgeon) and layer.weight_scale is not None:
             notes[layer.name] = (
-                "not pruned: its weight is int8 already, and sparsegpt changes the weights that are left"
+                f"not pruned: its weight is int8 already, and {spec.method} changes the weights that are left"
             )
     return notes
 
@@ -158,7 +158,7 @@ def _with_pruned(
     for layer in layers:
         stored = layer.to_rows(weights[layer.weight.name])
         pruned = prune_rows(values[layer.name], spec, amounts.get(layer.name, 0.0), moments.get(layer.name))
-        if pruned.dtype != stored.dtype or not isinstance(spec, SparseGPT):
+        if pruned.dtype != stored.dtype or not isinstance(spec, Surgeon):
             pruned = np.where(pruned == 0, np.zeros((), stored.dtype), stored)  # int8 stays int8
         if not np.array_equal(pruned, stored):
             weights[layer.weight.name] = layer.from_rows(pruned)

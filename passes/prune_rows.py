@@ -1,6 +1,6 @@
 """Pruning the weight of one layer, as rows ``[N, taps, C]``: what each method of ``prune_spec`` makes zero.
 
-A method is a way to score single weights; a pattern turns scores into zeros; SparseGPT changes what is left as well.
+A method is a way to score single weights; a pattern turns scores into zeros; a surgeon changes what is left as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 
 from pumice.errors import PumiceError
 from pumice.passes.brain_surgeon import alternate, damped, losses, refit, sparsegpt
-from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Wanda
+from pumice.passes.greedy_surgeon import greedy_zeros
+from pumice.passes.prune_spec import Magnitude, NearZero, PruneSpec, SparseGPT, Surgeon, Wanda
 from pumice.passes.statistics import Moments
 from pumice.patterns import Pattern, smallest
 
@@ -19,11 +20,11 @@ from pumice.patterns import Pattern, smallest
 def prune_rows(rows: np.ndarray, spec: PruneSpec, amount: float, moments: Moments | None = None) -> np.ndarray:
     """``rows`` with ``amount`` of the units of the spec's pattern zero, in their own dtype; zeros stay zero.
 
-    ``moments`` of the layer's input are what wanda and sparsegpt need. The spec's own amount is not looked at: an
+    ``moments`` of the layer's input are what wanda, sparsegpt and obc need. The spec's own amount is not looked at: an
     allocation may have given the layer another one (near-zero has a threshold instead).
     """
-    if isinstance(spec, SparseGPT):
-        return _sparsegpt(rows, spec, amount, _needed(moments, spec)).astype(rows.dtype)
+    if isinstance(spec, Surgeon):
+        return _operated(rows, spec, amount, _needed(moments, spec)).astype(rows.dtype)
     return np.where(zeros(rows, spec, amount, moments), np.zeros((), rows.dtype), rows)
 
 
@@ -41,14 +42,14 @@ def zeros(rows: np.ndarray, spec: PruneSpec, amount: float, moments: Moments | N
 def saliency(rows: np.ndarray, spec: PruneSpec, moments: Moments | None = None) -> np.ndarray:
     """What each weight counts for, float64 ``[N, taps, C]``; a unit counts for the sum of its weights.
 
-    magnitude: |w|, or w squared with norm=l2. wanda: |w| times the root mean square of its input. sparsegpt: the
-    square of that, which is its loss while nothing makes up for it; it serves to compare layers.
+    magnitude: |w|, or w squared with norm=l2. wanda: |w| times the root mean square of its input. sparsegpt and obc:
+    the square of that, which is its loss while nothing makes up for it; it serves to compare layers.
     """
     size: np.ndarray = np.abs(rows).astype(np.float64)
     if isinstance(spec, Magnitude):
         return size**2 if spec.norm == "l2" else size
     size = size * input_sizes(rows.shape, _needed(moments, spec))
-    return size**2 if isinstance(spec, SparseGPT) else size
+    return size**2 if isinstance(spec, Surgeon) else size
 
 
 def input_sizes(shape: tuple[int, ...], moments: Moments) -> np.ndarray:
@@ -64,7 +65,7 @@ def _near_zero(rows: np.ndarray, spec: NearZero) -> np.ndarray:
     return spec.pattern.expand(~larger, rows.shape)
 
 
-def _sparsegpt(rows: np.ndarray, spec: SparseGPT, amount: float, moments: Moments) -> np.ndarray:
+def _operated(rows: np.ndarray, spec: Surgeon, amount: float, moments: Moments) -> np.ndarray:
     """Group by group, since each has its own inputs."""
     parts = np.split(rows, len(moments.gram))
     return np.concatenate(
@@ -72,9 +73,11 @@ def _sparsegpt(rows: np.ndarray, spec: SparseGPT, amount: float, moments: Moment
     )
 
 
-def _prune_group(rows: np.ndarray, spec: SparseGPT, amount: float, gram: np.ndarray) -> np.ndarray:
+def _prune_group(rows: np.ndarray, spec: Surgeon, amount: float, gram: np.ndarray) -> np.ndarray:
     weight, was_zero = rows.reshape(len(rows), -1).astype(np.float64), rows.reshape(len(rows), -1) == 0
     gram = damped(gram, spec.damping)
+    if not isinstance(spec, SparseGPT):
+        return refit(weight, gram, greedy_zeros(rows, gram, spec.pattern, amount)).reshape(rows.shape)
     if spec.refits:
         zero = alternate(weight, gram, _gradually(rows.shape, spec.pattern, amount, was_zero), spec.refits)
         return refit(weight, gram, zero).reshape(rows.shape)

@@ -4,6 +4,7 @@
     magnitude:PATTERN:AMOUNT     the smallest weights go
     wanda:PATTERN:AMOUNT         the smallest weights times the size of their inputs
     sparsegpt:PATTERN:AMOUNT     those whose loss the other weights make up for best, and they do
+    obc:PATTERN:AMOUNT           the same, chosen one after the other: better and slower
     near-zero:PATTERN:THRESHOLD  all that is no larger than the threshold
     filters:AMOUNT               output channels are taken out of the network
     heads:AMOUNT                 attention heads are taken out of the network
@@ -140,26 +141,47 @@ class Wanda(_PatternSpec):
 
 
 @dataclass(frozen=True)
-class SparseGPT(_PatternSpec):
-    """The units whose loss the others make up for best go, and they do (Frantar and Alistarh, arXiv:2301.00774).
+class Surgeon(_PatternSpec):
+    """The units whose loss the others make up for best go, and they do.
 
-    ``damping`` is what is added to the diagonal of the inputs' second moments, as a share of its mean. ``refits``
-    counts the rounds that choose again with the weights refitted, and end in the least squares solution for the
-    zeros chosen; 0 is the one pass of the paper.
+    ``damping`` is what is added to the diagonal of the inputs' second moments, as a share of its mean.
     """
-
-    method: ClassVar[str] = "sparsegpt"
 
     allocation: str = "uniform"
     damping: float = 0.01
-    refits: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.damping < float("inf"):
-            raise UsageError(f"damping={self.damping:g} of sparsegpt is not above 0")
+            raise UsageError(f"damping={self.damping:g} of {self.method} is not above 0")
+
+
+@dataclass(frozen=True)
+class SparseGPT(Surgeon):
+    """In one pass over the columns of the weight (Frantar and Alistarh, arXiv:2301.00774).
+
+    ``refits`` counts the rounds that choose again with the weights refitted, and end in the least squares solution for
+    the zeros chosen; 0 is the one pass of the paper.
+    """
+
+    method: ClassVar[str] = "sparsegpt"
+
+    refits: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.refits <= 100:
             raise UsageError(f"refits={self.refits} of sparsegpt is not between 0 and 100")
+
+
+@dataclass(frozen=True)
+class OBC(Surgeon):
+    """One after the other, each the one that loses least by then (Optimal Brain Compression, arXiv:2208.11580).
+
+    What is left ends in the least squares solution. The time grows with the third power of a layer's inputs.
+    """
+
+    method: ClassVar[str] = "obc"
 
 
 @dataclass(frozen=True)
@@ -198,7 +220,7 @@ class Heads(PruneSpec):
 
 
 METHODS: dict[str, type[PruneSpec]] = {
-    spec.method: spec for spec in (Magnitude, Wanda, SparseGPT, NearZero, Filters, Heads)
+    spec.method: spec for spec in (Magnitude, Wanda, SparseGPT, OBC, NearZero, Filters, Heads)
 }
 _EVERY = ("keep", "only")
 _POSITIONAL = ("pattern", "amount", "threshold")

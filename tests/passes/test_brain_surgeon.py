@@ -1,5 +1,6 @@
 """On matrices small enough that all choices can be tried."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -7,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pumice.passes import greedy_surgeon as greedy
 from pumice.passes.brain_surgeon import alternate, damped, inverse_factor, refit, round_columns, sparsegpt
+from pumice.passes.greedy_surgeon import greedy_zeros
+from pumice.passes.prune_rows import prune_rows
+from pumice.passes.prune_spec import OBC, SparseGPT
+from pumice.passes.statistics import Moments
+from pumice.patterns import Pattern
 
 
 def problem(n, k, seed):
@@ -89,6 +96,77 @@ def test_alternating_directions_come_near_the_best_choice():
         plain += loss(weight, refit(weight, gram, by_size), gram)
     assert best <= reached <= 1.5 * best
     assert plain > 1.2 * reached
+
+
+def greedy_surgeon(weight, gram, width, amount):
+    """Optimal Brain Compression (arXiv 2208.11580): the block that loses least goes, the rest make up for it, again."""
+    weight, inverses = weight.copy(), [np.linalg.inv(gram) for _ in weight]
+    left = {(n, c) for n in range(len(weight)) for c in range(0, weight.shape[1], width)}
+    for _ in range(round(amount * len(left))):
+        losses = {}
+        for n, c in left:
+            here = slice(c, c + width)
+            losses[n, c] = weight[n, here] @ np.linalg.solve(inverses[n][here, here], weight[n, here])
+        n, c = min(losses, key=losses.__getitem__)
+        here = slice(c, c + width)
+        inverse = inverses[n]
+        gain = inverse[:, here] @ np.linalg.inv(inverse[here, here])
+        weight[n] -= gain @ weight[n, here]
+        weight[n, here] = 0
+        inverses[n] = inverse - gain @ inverse[here]
+        inverses[n][here, here] += np.eye(width)  # of columns that are gone: never looked at, but must stay invertible
+        left.remove((n, c))
+    for n, row in enumerate(weight):
+        row[[j for j in range(len(row)) if (n, j - j % width) not in left]] = 0
+    return weight
+
+
+@pytest.mark.parametrize("text", ["unstructured", "1x4"])
+@pytest.mark.parametrize("amount", [0.5, 0.75])
+def test_the_greedy_choice_is_the_one_by_hand_and_beats_one_pass(text, amount):
+    """Over ten layers; refits are about as good where inputs are as strongly correlated as these."""
+    pattern, totals = Pattern.parse(text), np.zeros(4)
+    for seed in range(10):
+        weight, gram = problem(6, 32, seed)
+        moments = Moments(gram[None], np.zeros((1, 32)), 50)
+        specs = [
+            OBC(pattern, amount, damping=1e-6),
+            *(SparseGPT(pattern, amount, damping=1e-6, refits=n) for n in (30, 0)),
+        ]
+        found = [prune_rows(weight[:, None], spec, amount, moments)[:, 0] for spec in specs]
+        found.insert(0, greedy_surgeon(weight, gram, pattern.width, amount))
+        assert len({int((each == 0).sum()) for each in found}) == 1
+        totals += [loss(weight, each, gram) for each in found]
+    assert totals[1] == pytest.approx(totals[0], rel=0.02)
+    assert max(totals[1:3]) < totals[3]
+    assert totals[1] < 1.1 * totals[2]
+
+
+def test_zeros_of_n_m_are_the_greedy_choice_with_few_to_choose_from():
+    """Of 8 columns 2 in each 4 go: the loss is that of the best of all 36 choices, or near."""
+    ratios = []
+    for seed in range(8):
+        weight, gram = problem(1, 8, seed)
+        best = np.inf
+        for pair in product(combinations(range(4), 2), combinations(range(4, 8), 2)):
+            zero = np.isin(np.arange(8), sum(pair, ()))
+            best = min(best, loss(weight, best_weights(weight[0], gram, zero)[None], gram))
+        zero = greedy_zeros(weight[:, None], gram, Pattern(group=(2, 4)), 0.5)
+        assert zero.reshape(2, 4).sum(1).tolist() == [2, 2]
+        ratios.append(loss(weight, refit(weight, gram, zero), gram) / best)
+    assert min(ratios) == pytest.approx(1, rel=1e-6)
+    assert np.median(ratios) < 1.2
+
+
+def test_several_at_a_time_are_nearly_as_good(monkeypatch):
+    weight, gram = problem(6, 64, 3)
+    losses = []
+    for steps in (64, 16):
+        monkeypatch.setattr(greedy, "_STEPS", steps)
+        zero = greedy_zeros(weight[:, None], gram, Pattern(), 0.5)
+        assert zero.sum() == 192
+        losses.append(loss(weight, refit(weight, gram, zero), gram))
+    assert losses[1] < 1.5 * losses[0] < 0.5 * loss(weight, weight * (np.abs(weight) > np.median(np.abs(weight))), gram)
 
 
 @settings(max_examples=30, deadline=None)

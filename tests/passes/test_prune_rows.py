@@ -1,5 +1,6 @@
 """Each method on one layer: what goes, by loops and by brute force."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pumice.passes.prune_rows import prune_rows, saliency
-from pumice.passes.prune_spec import Magnitude, NearZero, SparseGPT, Wanda
+from pumice.passes.prune_spec import OBC, Magnitude, NearZero, SparseGPT, Wanda
 from pumice.passes.statistics import Moments, output_error
 from pumice.patterns import BLOCKS, Pattern
 
@@ -35,14 +36,17 @@ def units(rows, pattern):
     ]
 
 
+SURGEONS = (SparseGPT, partial(SparseGPT, refits=8), OBC)
+
+
 @pytest.mark.parametrize("text", PATTERNS)
-@pytest.mark.parametrize("refits", [0, 8])
+@pytest.mark.parametrize("surgeon", SURGEONS)
 @settings(max_examples=6, deadline=None)
 @given(n=st.integers(1, 9), taps=st.sampled_from([1, 4]), c=st.integers(1, 11), amount=st.floats(0, 1))
-def test_sparsegpt_keeps_to_the_pattern_and_the_amount(text, refits, n, taps, c, amount):
+def test_a_surgeon_keeps_to_the_pattern_and_the_amount(text, surgeon, n, taps, c, amount):
     pattern = Pattern.parse(text)
     rows, moments = layer(n, taps, c)
-    spec = SparseGPT(pattern, amount, refits=refits)
+    spec = surgeon(pattern, amount)
     after = prune_rows(rows, spec, spec.amount, moments)
     assert after.dtype == np.float32
     if pattern.group is None:
@@ -56,12 +60,12 @@ def test_sparsegpt_keeps_to_the_pattern_and_the_amount(text, refits, n, taps, c,
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-@pytest.mark.parametrize("refits", [0, 8])
-def test_what_is_zero_stays_zero(text, refits):
+@pytest.mark.parametrize("surgeon", SURGEONS)
+def test_what_is_zero_stays_zero(text, surgeon):
     rows, moments = layer(8, 2, 8)
     was_zero = np.random.default_rng(1).random(rows.shape) < 0.4
     rows[was_zero] = 0
-    spec = SparseGPT(Pattern.parse(text), 0.5, refits=refits)
+    spec = surgeon(Pattern.parse(text), 0.5)
     after = prune_rows(rows, spec, spec.amount, moments)
     assert (after[was_zero] == 0).all()
 

@@ -1,7 +1,7 @@
 import pytest
 
 from pumice.errors import UsageError
-from pumice.passes.prune_spec import Filters, Heads, Magnitude, NearZero, SparseGPT, Wanda, parse_prune
+from pumice.passes.prune_spec import OBC, Filters, Heads, Magnitude, NearZero, SparseGPT, Wanda, parse_prune
 from pumice.patterns import Pattern
 
 BLOCK, GROUP = Pattern(1, 4), Pattern(group=(2, 4))
@@ -17,6 +17,7 @@ SPECS = {
     "near-zero:2x4:0.001:relative": NearZero(Pattern(2, 4), 0.001, True),
     "wanda:2:4": Wanda(GROUP),
     "sparsegpt:1x4:0.5:damping=0.1:refits=30": SparseGPT(BLOCK, 0.5, damping=0.1, refits=30),
+    "obc:1x4:0.5:erk:damping=0.001": OBC(BLOCK, 0.5, "erk", damping=0.001),
     "filters:0.3:by=norm-scale:everywhere:multiple=16": Filters(0.3, "norm-scale", True, 16),
     "heads:0.25:only=encoder*": Heads(0.25, only=("encoder*",)),
 }
