@@ -104,8 +104,8 @@ class GradualPruner:
         self._handles = [
             layer.register_load_state_dict_post_hook(self._hook(name, layer)) for name, layer in self._layers.items()
         ]
-        if schedule.due(0) and schedule.initial > 0:
-            self._grow(schedule.initial)
+        if schedule.due(0) and schedule.share(0) > 0:
+            self._grow(schedule.share(0))
 
     def step(self) -> None:
         """To be called after each step of the optimiser: pruned weights are zero again, and more of them if due."""

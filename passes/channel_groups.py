@@ -183,6 +183,7 @@ def _located(labels: ChannelLabels, groups: list[_Group]) -> list[ChannelGroup]:
     for number, group in enumerate(groups):
         for index, channel in enumerate(group.channels):
             owner[list(channel)] = number, index
+    in_grids = {label for place in labels.tensors.values() if _is_grid(place) for label in place.ravel().tolist()}
     slots: list[list[Slot]] = [[] for _ in groups]
     tensors: list[list[TensorSlot]] = [[] for _ in groups]
     for (weight, axis), place in labels.weights.items():
@@ -198,11 +199,18 @@ def _located(labels: ChannelLabels, groups: list[_Group]) -> list[ChannelGroup]:
         members = sorted(label for channel in group.channels for label in channel)
         fixed = group.fixed or next((labels.fixed[label] for label in members if label in labels.fixed), None)
         mixed = group.not_removable or next((labels.mixed[label] for label in members if label in labels.mixed), None)
+        if group.kind == "channels" and in_grids.intersection(members):
+            mixed = mixed or "it lies in a tensor that has channels along several axes, which would have a gap"
         outputs = tuple(slot for slot in own_tensors if slot.var in labels.outputs)
         found = (tuple(own_slots), tuple(own_tensors), outputs)
         if own_slots:
             located.append(ChannelGroup(group.kind, len(group.channels), *found, fixed, fixed or mixed))
     return located
+
+
+def _is_grid(place: np.ndarray) -> bool:
+    """Whether a tensor has different channels along more than one axis."""
+    return sum(bool((place != place.take([0], axis)).any()) for axis in range(place.ndim)) > 1
 
 
 def _positions(place: np.ndarray, owner: np.ndarray, groups: list[_Group]) -> Iterator[tuple[int, np.ndarray]]:

@@ -232,8 +232,11 @@ class _Walk(LabelBook):
 
     def _softmax(self, var: relax.Var, call: relax.Call) -> np.ndarray | None:
         labels = self.found.tensors.get(call.args[0])
-        if labels is not None and int(call.attrs.axis) % labels.ndim in labelled_axes(labels):
-            self._mix(labels, f"{_call(var, call)} sums over it, so removing a channel changes the others")
+        if labels is None or (axis := int(call.attrs.axis) % labels.ndim) not in labelled_axes(labels):
+            return labels
+        if labelled_axes(labels) != [axis]:
+            return self._unknown(var, call, "which sums over some of its channels")
+        self._mix(labels, f"{_call(var, call)} sums over it, so removing a channel changes the others")
         return labels
 
     def _prelu(self, var: relax.Var, call: relax.Call) -> np.ndarray | None:

@@ -44,7 +44,7 @@ def greedy_zeros(rows: np.ndarray, gram: np.ndarray, pattern: Pattern, amount: f
     )
     zero = np.isfinite(lost) if grid.quota is not None else smallest(lost.ravel(), amount).reshape(lost.shape)
     columns = zero.repeat(grid.width, axis=1).repeat(grid.height, axis=0)[: len(weight)]
-    found = weight == 0
+    found: np.ndarray = weight == 0
     real = grid.columns >= 0
     found[:, grid.columns[real]] |= columns[:, real]
     return found

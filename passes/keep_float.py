@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from pumice.passes.calibrate import Calibrate
 from pumice.passes.correct_bias import CorrectBias
 from pumice.passes.evaluate import SharedEvaluator
 from pumice.passes.layer_error import decibels
-from pumice.passes.layers import find_layers
+from pumice.passes.layers import Layer, find_layers
 from pumice.passes.quantization_plan import QuantizeSpec
 from pumice.passes.quantize import Quantize
 from pumice.passes.sensitivity import output_noise
@@ -47,8 +47,20 @@ def within_budget(
     if correct_bias:
         steps.append(CorrectBias(mod, samples, evaluator=evaluator))
     noise = output_noise(mod, tvm.transform.Sequential(steps)(mod), samples, limit, progress)
-    chosen = choose_float(noise, {layer.name: layer.macs / total for layer in layers}, budget)
+    costs = {layer.name: layer.macs / total for layer in layers if layer.name in noise}
+    chosen = choose_float(_by_weight(layers, noise), _by_weight(layers, costs), budget)
     return replace(spec, reasons={**spec.reasons, **chosen})
+
+
+def _by_weight(layers: Sequence[Layer], values: Mapping[str, float]) -> dict[str, float]:
+    """The sums over layers that share a weight, by the first of them: where one of them stays float, all do."""
+    first: dict[str, str] = {}
+    found: dict[str, float] = {}
+    for layer in layers:
+        if layer.name in values:
+            name = first.setdefault(str(layer.weight.name), layer.name)
+            found[name] = found.get(name, 0.0) + values[layer.name]
+    return found
 
 
 def choose_float(noise: Mapping[str, float], costs: Mapping[str, float], budget: float) -> dict[str, str]:

@@ -87,7 +87,7 @@ def advise_model(
         assert samples is not None
         mod = tvm.transform.Sequential([SimplifyModel(), RecordLayers()])(mod)
         learned, held, note = _split(mod, samples)
-    with open_work_file(work_file, _fingerprint(mod, samples, [str(device), base.to_json(), threads])) as work:
+    with open_work_file(work_file, _fingerprint(mod, samples, [_device_key(device), base.to_json(), threads])) as work:
         with stage("run the float model"):
             exact = Evaluator(mod)
             reference = Reference(exact.run, list(Samples(mod, held))[:_MOST_HELD])
@@ -129,6 +129,11 @@ def _split(
     compared = min(int(is_held.sum()), _MOST_HELD)
     note = f"{int((~is_held).sum())} calibration samples for pruning and ranges; outputs compared on {compared} others"
     return learned, held, note
+
+
+def _device_key(device: Target) -> list[str]:
+    """What tells one target from another, the same in every process: a set of texts prints in an order of its own."""
+    return [device.name, str(device.tvm), device.isa, *sorted(device.features), *device.gpus]
 
 
 def _fingerprint(mod: IRModule, samples: Mapping[str, np.ndarray], options: Sequence[Any]) -> str:

@@ -18,7 +18,8 @@ COMMANDS = ("inspect", "targets", "compile", "tune", "advise", "run", "verify", 
 
 _EXIT_CODES = """\
 exit codes: 0 fine, 1 unexpected error, 2 usage, 3 bad model or mask, 4 unsupported operator or target,
-5 a missing tool or package, 6 numbers that differ (verify). PUMICE_DEBUG=1 shows where an error came from."""
+5 a missing tool or package, 6 numbers that differ (verify) or an accuracy that is missed
+(advise), 7 a time or size that is missed (advise). PUMICE_DEBUG=1 shows where an error came from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -76,6 +76,15 @@ def _pruned(
     mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
 ) -> IRModule:
     zeroing = [spec for spec in recipe.prune if not isinstance(spec, Filters | Heads)]
+    if recipe.reconstruct_whole and not recipe.reconstruct:
+        raise UsageError(
+            "reconstruction of the whole network has no number of steps: give --reconstruct (reconstruct=) too"
+        )
+    if recipe.reconstruct and not zeroing:
+        raise UsageError(
+            "reconstruction makes good for what pruning makes zero, and nothing is pruned here but by masks, filters "
+            "or heads; give --prune (prune=), or leave --reconstruct (reconstruct=) out"
+        )
     for removal in recipe.prune:
         if isinstance(removal, Filters | Heads):
             remove = RemoveFilters if isinstance(removal, Filters) else RemoveHeads
@@ -90,7 +99,7 @@ def _pruned(
     for spec in zeroing:
         with stage(f"prune {spec}"):
             mod = _apply(mod, Prune(spec, calibration))
-    if recipe.reconstruct and zeroing:
+    if recipe.reconstruct:
         options = ReconstructSpec(recipe.reconstruct, int8=recipe.quantize, whole=recipe.reconstruct_whole)
         if calibration is None:
             raise _no_calibration(mod, "reconstruction trains on", "leave --reconstruct (reconstruct=) out")

@@ -122,10 +122,8 @@ def _specs(given: str | PruneSpec | Sequence[str | PruneSpec]) -> tuple[PruneSpe
 def _fits(value: Any, kind: type) -> bool:
     if kind is tuple:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if value == "search":  # of smooth; others refuse it themselves
-        return kind is not tuple
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return value == "search" or (isinstance(value, int | float) and not isinstance(value, bool))
     return type(value) is kind
 
 

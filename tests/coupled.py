@@ -61,6 +61,19 @@ def grouped() -> IRModule:
     return net.finish(y=net.conv("end", net.call("pool", R.nn.max_pool2d(x, (2, 2), (2, 2))), 2, 3))
 
 
+def shuffled() -> IRModule:
+    """A shuffle between convolutions that are not in groups, and a softmax over parts of a linear layer's outputs."""
+    net = Network()
+    y = net.relu("wide.relu", net.conv("wide", net.input("image", (1, 4, 6, 6)), 24))
+    y = net.call("split", R.reshape(y, (1, 2, 12, 6, 6)))
+    y = net.call("turned", R.permute_dims(y, [0, 2, 1, 3, 4]))
+    y = net.call("joined", R.reshape(y, (1, 24, 6, 6)))
+    y = net.call("mean", R.mean(net.relu("next.relu", net.conv("next", y, 16)), [2, 3]))
+    y = net.call("parts", R.reshape(net.linear("latent", y, 32), (1, 4, 8)))
+    y = net.call("softmax", R.nn.softmax(y, -1))
+    return net.finish(y=net.linear("out", net.call("flat", R.reshape(y, (1, 32))), 6))
+
+
 def gates() -> IRModule:
     """A gated linear unit, a squeeze-and-excite gate, slices that go different ways, one weight for two layers."""
     net = Network()
@@ -118,6 +131,7 @@ NETWORKS: dict[str, Callable[[], IRModule]] = {
     "mobile": mobile,
     "concats": concats,
     "grouped": grouped,
+    "shuffled": shuffled,
     "gates": gates,
     "transformer": transformer,
 }

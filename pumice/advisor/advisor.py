@@ -38,8 +38,6 @@ class Advisor:
         self._counts = "size" if (budget and budget.kind == "size") or ground.setting.target.runs_on_gpu else "time"
         self._points: list[Point] = []
         self._remarks: list[str] = []
-        minutes = ground.effort.minutes
-        self._deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         with ground.stage("measure the float model and dense int8"):
             self._float_metrics = ground.checker.float_metrics(ground.exact.run)
             self._int8 = self._carry_out("dense int8", "int8", dense_choice(layers.tables))
@@ -132,8 +130,11 @@ class Advisor:
                 lambda: reference.closeness(run.evaluator(choice).run).noise, "noise of a choice", labels
             )
 
+        minutes = ground.effort.minutes
+        deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
         def may_go_on() -> bool:
-            return time.monotonic() < self._deadline
+            return time.monotonic() < deadline
 
         start = look_at_each(tables, noise, may_go_on, ground.tell)
         problem = Problem(self._model.costs, [np.array([o.error for o in t.options]) for t in tables])
@@ -157,7 +158,7 @@ class Advisor:
         outcome = ground.checker.outcome(recipe)
         if not isinstance(what, Recipe) and self._points:  # the first is what the model of time is made of
             expected = self._time.whole(what) / 1e6
-        drop = drop_of(outcome, self._float_metrics, bool(self._budget and self._budget.is_relative))
+        drop = drop_of(outcome, self._float_metrics, self._is_share())
         point = Point(label, kind, recipe, expected, outcome, drop)
         self._points.append(point)
         ground.tell(describe(point))
@@ -293,8 +294,14 @@ class Advisor:
         fastest = min(missed, key=self._taken, default=None)
         return training_lines(fastest.recipe) if fastest and self._taken(fastest) < self._taken(chosen) else ()
 
+    def _is_share(self) -> bool:
+        """Whether drops are shares of the float model's metric: where the budget is one."""
+        return self._budget is not None and self._budget.kind == "max-drop" and self._budget.is_relative
+
     def _drop_unit(self) -> str:
-        return ", ".join(self._float_metrics) or "1 - cosine of the outputs"
+        if not self._float_metrics:
+            return "1 - cosine of the outputs"
+        return ("a share of " if self._is_share() else "") + ", ".join(self._float_metrics)
 
 
 def describe(point: Point) -> str:

@@ -41,7 +41,8 @@ class CostModel:
             [cost * [option.source == ESTIMATED for option in t.options] for t, cost in zip(tables, raw, strict=True)],
         )
         known = _dense(tables, raw) - estimated
-        scale = max(layers - known, 0.0) / estimated if layers and estimated else 1.0
+        # Where what is known takes up all that was measured already, estimates are as right as they were.
+        scale = (layers - known) / estimated if estimated and layers > known else 1.0
         costs = [
             np.array([option.nanoseconds * (scale if option.source == ESTIMATED else 1.0) for option in table.options])
             for table in tables

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,11 @@ class Setting:
         return self.target.name == "native"
 
     @property
+    def times_key(self) -> str:
+        """What tells one tuning database from another, which decides on kernels: its content as it is now."""
+        return "" if self.tuning_db is None else hashlib.sha256(Path(self.tuning_db).read_bytes()).hexdigest()
+
+    @property
     def metric_key(self) -> str:
         """What tells one metric from another: its name, and its script as it is now."""
         if self.metric is None:
@@ -110,7 +116,7 @@ class Checker:
 
     def outcome(self, recipe: Recipe) -> Outcome:
         """Compile and measure. Raises what ``compile_model`` does, and UsageError from the user's metric."""
-        details = (str(recipe.to_json()), self._setting.metric_key, str(self._seconds))
+        details = (str(recipe.to_json()), self._setting.metric_key, self._setting.times_key, str(self._seconds))
         found = self._work.remember(lambda: asdict(self._carry_out(recipe)), "outcome", *details)
         return Outcome(**found)
 
@@ -121,7 +127,8 @@ class Checker:
             feed = self._setting.held.feeds[0]
             return asdict(DenseTimes.of(self._dense_library.profile(feed, self._seconds)))
 
-        return DenseTimes(**self._work.remember(measure, "where the dense time goes", str(self._dense.to_json())))
+        details = (str(self._dense.to_json()), self._setting.times_key, str(self._seconds))
+        return DenseTimes(**self._work.remember(measure, "where the dense time goes", *details))
 
     def float_metrics(self, run: Callable[[Feed], Outputs]) -> dict[str, float]:
         """The user's metric of the float model."""

@@ -16,7 +16,7 @@ from pumice.advisor.sensitivities import Tell
 from pumice.advisor.stitching import Stitcher
 from pumice.advisor.subjects import Space, Subject, find_subjects
 from pumice.advisor.work_file import WorkFile
-from pumice.errors import UnsupportedError
+from pumice.errors import UnsupportedError, UsageError
 from pumice.module import source_of
 from pumice.passes.calibrate import Calibrate
 from pumice.passes.evaluate import Evaluator
@@ -41,6 +41,12 @@ class Effort:
     points: int = 5
     seconds: float = 0.2
     processes: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what would find nothing."""
+        for name in ("trials", "points", "processes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}: there must be at least one")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,6 @@ def training_lines(recipe: Recipe, steps: int = _STEPS) -> tuple[str, ...]:
         if not isinstance(pattern, Pattern) or amount == 0:
             continue
         only = "" if not spec.only else f", only={list(spec.only)}"
-        schedule = f"CubicSchedule(start=0, end={steps}, initial=0.0, final={amount:g}, every={max(1, steps // 100)})"
+        schedule = f"CubicSchedule(start=0, end={steps}, initial=0.0, final={amount!r}, every={max(1, steps // 100)})"
         lines.append(f'GradualPruner(model, {schedule}, pattern="{pattern}"{only})')
     return tuple(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,8 +176,13 @@ def _write_recipe(args: argparse.Namespace, advice: Advice) -> None:
     assert point is not None
     comment = f"by `pumice advise` for {advice.source} on {advice.target}, within {advice.budget}\n{describe(point)}"
     _write(args.output, format_recipe(point.recipe, comment))
-    more = f" --calibration {args.calibration} --target {args.target}"
-    print(f"\n{args.output}: `pumice compile {args.model} --recipe {args.output}{more} -o model.so` uses it")
+    words = ["pumice", "compile", args.model, "--recipe", args.output, "--calibration", args.calibration]
+    for name in ("target", "tuning_db", "threads"):
+        value = getattr(args, name)
+        words += [] if value in (None, "native") else [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for shape in args.input or () for word in ("--input", shape)]
+    where = sys.stderr if args.json else sys.stdout  # what --json prints is JSON alone
+    print(f"\n{args.output}: `{shlex.join([*words, '-o', 'model.so'])}` uses it", file=where)
 
 
 def _write(path: str, text: str) -> None:

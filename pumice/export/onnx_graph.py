@@ -56,7 +56,7 @@ class OnnxGraph:
         array = self.array(operand)
         if array is None:
             raise self.refusal(f"reads {operand}, whose value is not known")
-        if isinstance(operand, relax.Var):
+        if isinstance(operand, relax.Var) and operand.name not in self._constants:  # else it is there in another form
             self._constants[operand.name] = array
             self.values[operand] = str(operand.name)
             return str(operand.name)
@@ -105,7 +105,8 @@ class OnnxGraph:
         """An initializer: the one that is there already with the same content, or a new one called ``name``."""
         key = (str(value.dtype), value.shape, value.tobytes())
         if key not in self._known:
-            self._known[key] = self._unique(name or f"{self._label}.constant")
+            is_free = name in self._weights and name not in self._constants  # a weight keeps its own name
+            self._known[key] = name if is_free else self._unique(name or f"{self._label}.constant")
             self._constants[self._known[key]] = value
         return self._known[key]
 

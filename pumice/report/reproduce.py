@@ -84,7 +84,8 @@ def compile_command(report: Report) -> str:
     words += _recipe_words(options.get("recipe", {}))
     for name in ("tuning_db", "threads"):
         words += [f"--{name.replace('_', '-')}", str(options[name])] if options.get(name) else []
-    files = {layer.pruned_by.removeprefix("side file ") for layer in report.layers if "side file " in layer.pruned_by}
+    by_file = (layer.pruned_by for layer in report.layers if layer.pruned_by.startswith("side file "))
+    files = {by.removeprefix("side file ").partition(", then ")[0] for by in by_file}
     words += [word for file in sorted(files) for word in ("--masks", file)]
     libc = options.get("libc")
     words += [] if not libc else ["--musl"] if libc == "musl" else ["--glibc", str(libc).removeprefix("glibc-")]

@@ -78,6 +78,11 @@ def test_what_is_no_schedule(wrong: tuple[Any, ...]) -> None:
         CubicSchedule(*wrong)
 
 
+def test_a_schedule_of_no_steps_prunes_at_once() -> None:
+    pruner = GradualPruner(net(), CubicSchedule(start=0, end=0, initial=0.0, final=0.5), "unstructured")
+    assert pruner.sparsity()["all"] == pytest.approx(0.5, abs=0.01)
+
+
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 @pytest.mark.parametrize("pattern", ["1x4", "unstructured", "4x4"])
 def test_zeros_hold_whatever_the_optimiser(optimiser: str, pattern: str) -> None:

@@ -1,6 +1,5 @@
 """On matrices small enough that all choices can be tried."""
 
-from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np

@@ -124,6 +124,18 @@ def test_groups_of_a_convolution_keep_equal_counts():
     assert places(written)["b.weight", 0] == places(written)["c.weight", 1] == [[0, 2], [1, 3]]
 
 
+def test_channels_of_a_shuffle_move_but_none_can_go():
+    """Without groups nothing says that as many must go of each part, and a reshape needs that."""
+    group = group_of(NETWORKS["shuffled"](), "wide.weight", 0)
+    assert group.fixed is None
+    assert "along several axes" in group.not_removable
+
+
+def test_a_softmax_over_parts_fixes():
+    group = group_of(NETWORKS["shuffled"](), "latent.weight", 1)
+    assert "nn.softmax 'softmax' reads it, which sums over some of its channels" in group.fixed
+
+
 def test_heads_are_groups_at_two_scales():
     mod = NETWORKS["transformer"]()
     heads = group_of(mod, "att.out.weight", 0, "heads")

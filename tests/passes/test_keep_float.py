@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given as for_all
 from hypothesis import strategies as st
-from network import residual_network
+from network import Network, residual_network
 
 from pumice.module import layers_of
 from pumice.passes.calibrate import Calibrate
@@ -56,3 +56,20 @@ def test_the_plan_follows_and_gives_the_reason():
 def test_no_budget_changes_nothing(budget):
     spec = QuantizeSpec(("fc",))
     assert within_budget(residual_network(), {}, budget, spec) is spec
+
+
+def test_layers_that_share_a_weight_are_paid_for_together():
+    """Half of the work is one weight, read twice: neither reader fits into a budget that has room for one."""
+    net = Network(2)
+    shared = net.weight("shared", net.rng.normal(0, 0.3, (16, 16)).astype(np.float32))
+    x = net.relu("r0", net.linear("first", net.input("x", (1, 16)), 16))
+    x = net.relu("r1", net.linear("once", x, 16, weight=shared))
+    x = net.relu("r2", net.linear("twice", x, 16, weight=shared))
+    mod = RecordLayers()(net.finish(y=net.linear("last", x, 16)))
+    samples = {"x": np.random.default_rng(0).normal(0, 1, (8, 16)).astype(np.float32)}
+    for budget in (0.3, 0.5, 1.0):
+        spec = within_budget(mod, samples, budget)
+        records = layers_of(Quantize(spec)(Calibrate(samples, "minmax", spec)(mod)))
+        kept = {name for name, record in records.items() if record.dtype == "float32"}
+        assert len(kept) * 0.25 <= budget
+        assert ("once" in kept) == ("twice" in kept)

@@ -53,6 +53,19 @@ def test_arguments_of_the_wrong_kind(model_path, samples):
         pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples}, keep_float="haed")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"reconstruct": 5}, "nothing is pruned here"),
+        ({"reconstruct": 5, "prune": "filters:0.25"}, "nothing is pruned here"),
+        ({"reconstruct_whole": True, "prune": "magnitude:1x4:0.5"}, "has no number of steps"),
+    ],
+)
+def test_reconstruction_that_would_do_nothing_is_refused(model_path, samples, given, says):
+    with pytest.raises(UsageError, match=says):
+        pumice.compile(model_path, inputs={"image": SHAPE}, calibration={"image": samples}, **given)
+
+
 def test_a_metric_is_kept_before_and_after(tmp_path, model_path, samples):
     """Before is the model's own value, after that of the library; the report on it says both."""
 

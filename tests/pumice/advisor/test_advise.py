@@ -1,6 +1,9 @@
 """The advisor on a small network, from the model to a recipe that compiles."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +75,25 @@ def test_what_was_found_is_not_looked_for_again(tmp_path):
         sizes.append((tmp_path / "work").stat().st_size)
     assert sizes[0] == sizes[1]  # nothing was found anew
     assert found[0].chosen.recipe == found[1].chosen.recipe
+
+
+def test_another_process_knows_what_one_has_found():
+    """The order in which a set of texts prints is another in each process."""
+    code = "from pumice.advise import _device_key; from pumice.targets.target import Target; "
+    code += "print(_device_key(Target.parse('x86-64-v4-vnni')))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1 and b"avx512_vnni" in found.pop()
+
+
+@pytest.mark.parametrize("effort", [{"points": 0}, {"trials": -1}, {"processes": 0}])
+def test_an_effort_that_finds_nothing_is_refused(effort):
+    with pytest.raises(UsageError, match="there must be at least one"):
+        Effort(**effort)
 
 
 def test_a_base_that_prunes_is_refused():

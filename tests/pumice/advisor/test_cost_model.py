@@ -75,3 +75,9 @@ def test_the_least_is_the_least_of_all_choices():
     model = CostModel.of_size([FIRST, SECOND], 1100)
     sizes = [len(each.options) for each in (FIRST, SECOND)]
     assert model.least == min(model.whole(tuple(choice)) for choice in np.ndindex(*sizes))
+
+
+def test_estimates_stay_where_known_layers_took_more_than_all_of_them_did():
+    known = table("second", option("magnitude:2:4", 30, source=DATABASE), option("", 50, source=DATABASE))
+    model = CostModel.of_time([FIRST, known], whole=60, layers=45)
+    assert model.costs[0].tolist() == [60, 20, 100, 400]

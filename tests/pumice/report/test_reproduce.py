@@ -43,3 +43,11 @@ def test_options_come_back(bare, options, words):
 def test_masks_of_a_side_file_come_back(bare):
     layers = [{**entry, "pruned_by": "side file masks.npz"} for entry in bare.manifest["layers"]]
     assert compile_command(replace(bare, manifest={**bare.manifest, "layers": layers})).count("--masks masks.npz") == 1
+
+
+def test_masks_and_pruning_behind_them_come_back(bare):
+    by = ["side file masks.npz", "side file masks.npz, then magnitude:1x4:0.5", "magnitude:1x4:0.5"]
+    layers = [{**entry, "pruned_by": text} for entry, text in zip(bare.manifest["layers"], by, strict=True)]
+    command = compile_command(replace(bare, manifest={**bare.manifest, "layers": layers}))
+    assert command.count("--masks masks.npz") == command.count("--masks") == 1
+    assert "then" not in command
