@@ -62,16 +62,14 @@ def grouped() -> IRModule:
 
 
 def shuffled() -> IRModule:
-    """A shuffle between convolutions that are not in groups, and a softmax over parts of a linear layer's outputs."""
+    """A shuffle between convolutions that are not in groups."""
     net = Network()
     y = net.relu("wide.relu", net.conv("wide", net.input("image", (1, 4, 6, 6)), 24))
     y = net.call("split", R.reshape(y, (1, 2, 12, 6, 6)))
     y = net.call("turned", R.permute_dims(y, [0, 2, 1, 3, 4]))
     y = net.call("joined", R.reshape(y, (1, 24, 6, 6)))
     y = net.call("mean", R.mean(net.relu("next.relu", net.conv("next", y, 16)), [2, 3]))
-    y = net.call("parts", R.reshape(net.linear("latent", y, 32), (1, 4, 8)))
-    y = net.call("softmax", R.nn.softmax(y, -1))
-    return net.finish(y=net.linear("out", net.call("flat", R.reshape(y, (1, 32))), 6))
+    return net.finish(y=net.linear("out", y, 6))
 
 
 def gates() -> IRModule:
