@@ -3,8 +3,8 @@
     python -m bench.surgeons --data DIR
 
 SparseGPT's one pass, its refits, and Optimal Brain Compression, on the second moments of a layer's inputs over
-calibration texts: the noise that the zeros bring to the layer's output, and the seconds that it takes. Of each layer some
-rows are looked at, by themselves, since rows do not depend on each other but in how many zeros each gets.
+calibration texts: the noise that the zeros bring to the layer's output, and the seconds that it takes. Of each layer
+some rows are looked at, by themselves: rows depend on each other only in how many zeros each gets.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pumice.passes.prune_rows import prune_rows
 from pumice.passes.statistics import input_moments, output_error
 from pumice.patterns import Pattern
 
+_LAYERS = ("layer.2.attention.self.query", "layer.2.intermediate.dense", "layer.2.output.dense")
 _PATTERNS = ("1x4", "unstructured", "2:4")
 _LEVELS = (0.5, 0.8)
 
@@ -33,16 +34,13 @@ def main() -> None:
     """Print a line for each layer, pattern and level."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the downloaded packages (bench/README.md)")
-    parser.add_argument(
-        "--layers", nargs="+", default=["attention.self.query", "intermediate.dense", "layer.2.output.dense"]
-    )
+    parser.add_argument("--layers", nargs="+", default=list(_LAYERS), help="by the ends of their names")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--calibrate", type=int, default=512, help="texts")
     options = parser.parse_args()
     task = minilm(options.data, options.calibrate)
     mod = tvm.transform.Sequential([SimplifyModel(), RecordLayers()])(task.mod)
-    wanted = [name if name.startswith("layer.") else f"layer.2.{name}" for name in options.layers]
-    layers = [layer for layer in find_layers(mod) if any(layer.name.endswith(name) for name in wanted)]
+    layers = [layer for layer in find_layers(mod) if layer.name.endswith(tuple(options.layers))]
     moments = input_moments(mod, task.calibration, layers)
     lines = [["layer", "pattern", "zeros", "one pass", "30 refits", "OBC"]]
     for layer in layers:
