@@ -22,6 +22,7 @@ from pumice.tune import layer_works
 
 _REFITS = 20
 TECHNIQUES = ("magnitude", "wanda", "sparsegpt")
+SLOW = ("obc",)  # tried only where they are named
 PATTERNS = ("1x4", "2x4", "4x4", "unstructured")
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -37,8 +38,9 @@ class Space:
     def __post_init__(self) -> None:
         """Refuse what cannot be tried."""
         for technique in self.techniques:
-            if technique not in TECHNIQUES:
-                raise UsageError(f"there is no technique {technique!r} to try; there are {', '.join(TECHNIQUES)}")
+            if technique not in (*TECHNIQUES, *SLOW):
+                known = ", ".join((*TECHNIQUES, *SLOW))
+                raise UsageError(f"there is no technique {technique!r} to try; there are {known}")
         self.parsed  # noqa: B018
 
     @classmethod

@@ -89,6 +89,14 @@ def test_the_error_by_rounding_inputs_is_that_of_uniform_noise(network, tables):
     assert option.activations == pytest.approx(noise / signal, rel=1 / 3)
 
 
+def test_the_greedy_technique_is_tried_where_it_is_named(network, calibrated):
+    space = Space(techniques=("sparsegpt", "obc"), patterns=("unstructured",), levels=(0.5,))
+    found, _ = find_subjects(network, Quantize()(calibrated), SAMPLES, space, Target.parse("native"), 1)
+    surgeon, greedy, *_ = options_of(found[0], isa(Target.parse("native").isa))
+    assert greedy.prune == "obc:unstructured:0.5"
+    assert greedy.pruning == pytest.approx(surgeon.pruning, rel=0.1)
+
+
 def test_rows_are_rounded_as_quantize_rounds_weights(network, subjects):
     for layer, subject in zip(find_layers(network), subjects, strict=True):
         weight = weights_of(network)[layer.weight.name]
