@@ -64,9 +64,7 @@ def add_parser(commands: Commands) -> None:
 
 def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE.toml", help="a recipe to start from, which prunes nothing itself")
-    parser.add_argument(
-        "--techniques", metavar="A,B", help="to try (default: magnitude,wanda,sparsegpt; obc is slower)"
-    )
+    parser.add_argument("--techniques", metavar="A,B", help="default: magnitude,wanda,sparsegpt; obc is slower")
     parser.add_argument(
         "--patterns", metavar="A,B", help="to try (default: 1x4,2x4,4x4,unstructured; for GPUs 2:4 too)"
     )
