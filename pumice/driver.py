@@ -148,12 +148,12 @@ def compile_model(
         original = read_model(model, inputs)
     samples = samples_of(calibration, original)
     mod = prepare(original, chosen, samples, masks, stage, measure_errors)
-    if emit_onnx is not None:
-        with stage("write the ONNX model"):
-            write_onnx(mod, emit_onnx, chosen.to_json())
     manifest = _describe(mod, device, options, model)
     if metric is not None:
         manifest["accuracy"] = _accuracy(original, mod, metric, stage)
+    if emit_onnx is not None:
+        with stage("write the ONNX model"):
+            write_onnx(mod, emit_onnx, chosen.to_json())
     with stage(f"lower for {device.name}"):
         lowering = LowerOptions(pool, chooser)
         lowered = lower(mod, device, lowering)
