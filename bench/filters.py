@@ -8,6 +8,7 @@ Times are of one inference in int8 by the compiled libraries, all in turns in on
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import pumice
 from bench.tables import markdown, number
@@ -67,7 +68,7 @@ def main() -> None:
         measured = [accuracy(task, spec) for spec in given]
         libraries = {spec or "dense": library(task, spec) for spec in given}
         feed = {name: array[: task.inputs[name][0]] for name, array in task.calibration.items()}
-        calls = {name: lambda model=model: model(**feed) for name, model in libraries.items()}  # type: ignore[misc]
+        calls = {name: partial(model, **feed) for name, model in libraries.items()}
         rows = [["", f"{task.main}, float", "int8", "multiply-adds", "ms", "times as fast"]]
         for spec, (found, macs), timing in zip(given, measured, measure(calls, options.seconds), strict=True):
             name = (spec or "dense").removesuffix(keep)
