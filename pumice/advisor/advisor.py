@@ -22,11 +22,13 @@ from pumice.advisor.training import training_lines
 from pumice.errors import AccuracyBudgetError, PerformanceBudgetError, UsageError
 from pumice.module import source_of
 from pumice.passes.calibrate import Samples
+from pumice.patterns import Pattern
 from pumice.recipe import Recipe
 
 _SEARCHED = 8  # samples that a choice is scored on
-_TIGHTENINGS = 4  # of a budget that the compiled library misses
-_SLACK = 0.995  # by which it is tightened beyond what was missed
+_ATTEMPTS = 4  # to keep to a budget and use it up
+_SLACK = 0.995  # by which an attempt aims below the budget
+_USED_UP = 0.97  # of a budget: what is left is not worth another attempt
 _NOTICEABLE = 0.01  # a drop beyond which training is worth its trouble
 
 
@@ -179,21 +181,31 @@ class Advisor:
         return choices
 
     def _within_cost(self, problem: Problem, limit: float) -> Point:
-        """The allocation whose library keeps to the limit; where it does not, of a budget that is tighter by that."""
-        asked = limit
-        for attempt in range(_TIGHTENINGS):
+        """The allocation that loses least of those whose libraries keep to the limit.
+
+        What a library takes is not quite what was expected. So the next attempt is allotted more or less by as much as
+        the last one was off, until the limit is kept and used up.
+        """
+        asked, kept, label = limit, [], "allocated"
+        for _ in range(_ATTEMPTS):
             choice = allocate(problem, asked - self._model.rest)
             if choice is None:
-                raise self._unreachable(self._model.least * limit / asked)
-            label = "allocated" if attempt == 0 else f"allocated, {asked / limit:.0%} of the budget"
+                break
             point = self._carry_out(label, "allocated", choice)
             taken = self._taken(point)
             if taken <= limit:
-                return point
+                kept.append(point)
+                if taken >= _USED_UP * limit:
+                    break
             asked *= limit / taken * _SLACK
+            label = f"allocated, expected to take {asked / limit:.0%} of the budget"
+        if kept:
+            return min(kept, key=lambda point: (point.drop, self._taken(point)))
+        if choice is None:
+            raise self._unreachable(self._model.least * limit / asked)
         raise PerformanceBudgetError(
             f"{source_of(self._ground.mod)}: {self._budget} was allotted, and the library still takes "
-            f"{taken / limit:.1%} of that after {_TIGHTENINGS} attempts; allow more"
+            f"{taken / limit:.1%} of that after {_ATTEMPTS} attempts; allow more"
         )
 
     def _taken(self, point: Point) -> float:
@@ -229,18 +241,28 @@ class Advisor:
         return self._carry_out(f"{high} steps reverted", "reverted", path[high])
 
     def _uniform(self, chosen: Point) -> None:
-        """Every technique and pattern on all layers alike, as much of it as costs no more than ``chosen``."""
-        choice_cost = self._expected(chosen)
+        """Every technique and pattern on all layers alike, as much of it as ``chosen`` or the budget needs."""
+        budget = self._budget
+        assert budget is not None
+        limit = self._taken(chosen) if budget.kind == "max-drop" else budget.limit(self._model.dense)
+        expected = self._expected(chosen) * limit / self._taken(chosen)
         for technique in self._space.techniques:
             for pattern in self._space.parsed:
-                amount = self._model.uniform_amount(technique, pattern, choice_cost)
-                if amount is None:
-                    self._remarks.append(f"uniform {technique}:{pattern} does not get so far at any level")
-                    continue
-                spec = spec_of(technique, pattern, amount)
-                recipe = replace(self._ground.base, prune=(spec,) if amount else ())
-                taken = self._time.uniform(technique, pattern, amount) / 1e6
-                self._carry_out(f"uniform {spec}", "uniform", recipe, taken)
+                point = self._carry_out_uniform(technique, pattern, expected)
+                # Its kernels may be off by more, or less, than those of ``chosen``: once more, by what it took.
+                if point is not None and not _USED_UP * limit <= self._taken(point) <= limit:
+                    self._carry_out_uniform(technique, pattern, self._expected(point) * limit / self._taken(point))
+
+    def _carry_out_uniform(self, technique: str, pattern: Pattern, limit: float) -> Point | None:
+        """With the least amount that is expected to take no more than the limit; None where none does."""
+        amount = self._model.uniform_amount(technique, pattern, limit)
+        if amount is None:
+            self._remarks.append(f"uniform {technique}:{pattern} does not get so far at any level")
+            return None
+        spec = spec_of(technique, pattern, amount)
+        recipe = replace(self._ground.base, prune=(spec,) if amount else ())
+        taken = self._time.uniform(technique, pattern, amount) / 1e6
+        return self._carry_out(f"uniform {spec}", "uniform", recipe, taken)
 
     def _expected(self, point: Point) -> float:
         """What the model of costs expects of a point that was allocated."""
