@@ -53,6 +53,19 @@ def test_what_is_out_of_reach_is_said_with_the_least_that_can_be_had():
     assert caught.value.exit_code == 7
 
 
+def test_a_latency_is_kept_and_uniform_settings_get_as_much():
+    """Of a target that is not here times are sums of the cost table: nothing is timed."""
+    advice = advise(Budget.parse("latency", "70%"), target="armv8.2-a+dotprod")
+    (dense,) = (point for point in advice.points if point.kind == "int8")
+    allocated = [point for point in advice.points if point.kind == "allocated"]
+    uniform = [point for point in advice.points if point.kind == "uniform"]
+    chosen, limit = advice.chosen, 0.7 * dense.expected_ms * (1 + 1e-9)
+    assert chosen is not None and allocated and uniform
+    assert all(point.expected_ms <= limit for point in [chosen, *uniform])
+    assert {str(point.recipe.prune[0]).split(":")[0] for point in uniform} == {"magnitude", "sparsegpt"}
+    assert all(chosen.drop <= point.drop for point in allocated if point.expected_ms <= limit)
+
+
 def test_an_accuracy_that_even_everything_reverted_misses_is_an_error(tmp_path):
     calls, script = [], tmp_path / "metric.py"
     script.write_text("")
