@@ -19,15 +19,14 @@ import numpy as np
 from bench import tasks
 from bench.tables import markdown, number
 from bench.tasks import TASKS, Run, Task, add_task_options
+from bench.techniques import INT8
 from pumice.advise import Effort, advise_model
 from pumice.advisor.advice import Advice
 from pumice.advisor.budget import Budget
 from pumice.advisor.subjects import Space
 from pumice.evaluation import Metric
-from pumice.recipe import Recipe
 
-# What int8 needs beside pruning, and the measures that lose: the worst of them is the drop.
-_BASES = {"demo": Recipe(), "mobilenet": Recipe(float_budget=0.32), "minilm": Recipe(smooth=0.5)}
+# The measures that lose: the worst of them is the drop.
 _MEASURES = {"demo": ("top-1",), "mobilenet": ("top-1 as float", "in top-5"), "minilm": ("cosine", "WordSim-353")}
 
 
@@ -44,7 +43,7 @@ def advise(name: str, task: Task, options: argparse.Namespace) -> Advice:
         calibration=task.calibration,
         metric=Metric(Path(tasks.__file__), name, measured),
         budget=Budget.parse("latency", options.latency),
-        base=_BASES[name],
+        base=INT8[name],
         space=Space(patterns=tuple(options.patterns), levels=tuple(options.levels)),
         effort=Effort(trials=options.trials, points=options.points, processes=options.processes),
         threads=options.threads,

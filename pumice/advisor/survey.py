@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import tvm
 from tvm.ir import IRModule
@@ -96,7 +94,7 @@ def _tables(ground: Ground, subjects: list[Subject], measure: bool, threads: int
     target, path = ground.setting.target, ground.setting.tuning_db
     machine = Machine.of(target, threads)
     measured = read_measurements(path, machine) if path and not measure else None
-    times = "" if measured is None else hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+    times = "" if measured is None else ground.setting.times_key
 
     def recorded(subject: Subject, compute: Callable[[], LayerTable]) -> LayerTable:
         details = (subject.name, times, *map(str, subject.specs))

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from pumice.advisor.plot import check_matplotlib, plot
     from pumice.advisor.text import format_advice
     from pumice.evaluation import load_metric
-    from pumice.recipe import read_recipe
+    from pumice.recipe import recipe_of
     from pumice.threads import allowed_cpus
 
     budget = _budget(args)
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
             metric=load_metric(args.eval) if args.eval else None,
             target=args.target,
             budget=budget,
-            base=read_recipe(args.recipe) if args.recipe else None,
+            base=recipe_of(args.recipe),
             space=_space(args),
             effort=Effort(args.trials, args.minutes, args.points, args.seconds, min(2, len(allowed_cpus()))),
             tuning_db=args.tuning_db,
