@@ -23,6 +23,7 @@ from bench.techniques import INT8
 from pumice.advise import Effort, advise_model
 from pumice.advisor.advice import Advice
 from pumice.advisor.budget import Budget
+from pumice.advisor.removals import REMOVALS
 from pumice.advisor.subjects import Space
 from pumice.evaluation import Metric
 
@@ -44,7 +45,7 @@ def advise(name: str, task: Task, options: argparse.Namespace) -> Advice:
         metric=Metric(Path(tasks.__file__), name, measured),
         budget=Budget.parse("latency", options.latency),
         base=INT8[name],
-        space=Space(patterns=tuple(options.patterns), levels=tuple(options.levels)),
+        space=Space(patterns=tuple(options.patterns), levels=tuple(options.levels), removals=tuple(options.removals)),
         effort=Effort(trials=options.trials, points=options.points, processes=options.processes),
         threads=options.threads,
         work_file=options.work / f"advised-{name}.jsonl",
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--latency", default="60%", help="what may be taken: 8ms, or a share of dense int8")
     parser.add_argument("--patterns", nargs="+", default=["1x4", "4x4", "unstructured"])
     parser.add_argument("--levels", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+    parser.add_argument("--removals", nargs="*", default=REMOVALS, help="tried before, one method after the other")
     parser.add_argument("--trials", type=int, default=40, help="choices that the search for sensitivities scores")
     parser.add_argument("--points", type=int, default=3, help="of the frontier")
     parser.add_argument("--processes", type=int, default=1, help="for the errors of the layers' options")

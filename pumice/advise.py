@@ -2,8 +2,10 @@
 
     options of each layer   error, time and bytes of each technique x pattern x level       layer_options, subjects
     sensitivities           what a layer's error does to the network's outputs              sensitivities, stitching
-    allocation              the best option of each layer within a budget                   allocation, cost_model
-    end to end              compiled, on held-out samples and the user's metric, timed      end_to_end
+    allocation              the best option of each layer within a budget                   start, allocation
+    end to end              compiled, on held-out samples and the user's metric, timed      end_to_end, ledger
+    removals                all of it again without some filters or heads, while it pays    advisor, removals
+    uniform settings        what has to be beaten                                           uniform
 
 What each step found goes into a work file, so a run that was killed goes on where it was.
 """
@@ -27,7 +29,7 @@ from pumice.advisor.end_to_end import Checker, Setting
 from pumice.advisor.sensitivities import Tell
 from pumice.advisor.stitching import Reference
 from pumice.advisor.subjects import Space
-from pumice.advisor.survey import Effort, Ground, find_layer_options
+from pumice.advisor.survey import Effort, Ground
 from pumice.advisor.work_file import open_work_file
 from pumice.driver import samples_of
 from pumice.errors import UnsupportedError, UsageError
@@ -96,8 +98,7 @@ def advise_model(
         )
         checker = Checker(setting, base, work, _TIMED * effort.seconds)
         ground = Ground(mod, exact, setting, note, checker, work, base, effort, stage, tell)
-        space = space or Space.of(device)
-        return Advisor(ground, find_layer_options(ground, space, measure), space, budget).advise()
+        return Advisor(ground, space or Space.of(device), budget, measure).advise()
 
 
 def _check_request(

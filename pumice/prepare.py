@@ -25,7 +25,7 @@ from pumice.passes.layer_error import RecordLayerErrors, layer_results
 from pumice.passes.layers import find_layers
 from pumice.passes.permute_channels import PermuteChannels
 from pumice.passes.prune import Prune
-from pumice.passes.prune_spec import Filters, Heads
+from pumice.passes.prune_spec import Filters, PruneSpec
 from pumice.passes.quantization_plan import QuantizeSpec, plan_quantization
 from pumice.passes.quantize import Quantize
 from pumice.passes.reconstruct import Reconstruct, ReconstructSpec
@@ -72,10 +72,15 @@ def prepare(
         return _quantized(mod, recipe, calibration, stage, measure_errors) if recipe.quantize else mod
 
 
+def removing(spec: PruneSpec, calibration: Samples | None) -> RemoveFilters | RemoveHeads:
+    """The pass that carries out a specification that removes."""
+    return (RemoveFilters if isinstance(spec, Filters) else RemoveHeads)(spec, calibration)
+
+
 def _pruned(
     mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
 ) -> IRModule:
-    zeroing = [spec for spec in recipe.prune if not isinstance(spec, Filters | Heads)]
+    zeroing = [spec for spec in recipe.prune if spec not in recipe.removals]
     if recipe.reconstruct_whole and not recipe.reconstruct:
         raise UsageError(
             "reconstruction of the whole network has no number of steps: give --reconstruct (reconstruct=) too"
@@ -85,11 +90,9 @@ def _pruned(
             "reconstruction makes good for what pruning makes zero, and nothing is pruned here but by masks, filters "
             "or heads; give --prune (prune=), or leave --reconstruct (reconstruct=) out"
         )
-    for removal in recipe.prune:
-        if isinstance(removal, Filters | Heads):
-            remove = RemoveFilters if isinstance(removal, Filters) else RemoveHeads
-            with stage(f"remove {removal}"):
-                mod = _apply(mod, remove(removal, calibration))
+    for removal in recipe.removals:
+        with stage(f"remove {removal}"):
+            mod = _apply(mod, removing(removal, calibration))
     if recipe.permute:
         with stage("order channels"):
             # Zeros that are there already are gathered in the blocks that kernels skip.

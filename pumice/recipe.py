@@ -19,7 +19,7 @@ from typing import Any
 
 from pumice.errors import ModelError, UsageError
 from pumice.passes.observers import OBSERVERS
-from pumice.passes.prune_spec import PruneSpec, parse_prune
+from pumice.passes.prune_spec import Filters, Heads, PruneSpec, parse_prune
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -53,6 +53,11 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, str) or not 0 <= value <= most:
                 raise UsageError(f"{name} {value} is not between 0 and {most:g}")
+
+    @property
+    def removals(self) -> tuple[PruneSpec, ...]:
+        """Those of ``prune`` that take filters or heads out of the network; they come first."""
+        return tuple(spec for spec in self.prune if isinstance(spec, Filters | Heads))
 
     def but(self, **changes: Any) -> Recipe:
         """The recipe with the ``changes`` that are not None; ``prune`` may be text, a spec, or several."""

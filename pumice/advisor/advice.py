@@ -16,7 +16,7 @@ from pumice.recipe import Recipe
 class Point:
     """One way to compile the model, carried out.
 
-    kind: float32 and int8 (nothing pruned), frontier (allocated), uniform (every layer alike), reverted (of --max-drop)
+    kind: float32 and int8 (nothing pruned), frontier, allocated, uniform (all layers alike), reverted (of --max-drop)
     expected_ms: of one call, by the sum of the layers; None where they cannot be summed
     drop: of the metric against the float model, the worst of several; without a metric, 1 - cosine of the outputs
     """
@@ -36,7 +36,8 @@ class Advice:
 
     counts: what was spent: time or size
     drop_unit: what a drop is in: the metric's name, or how outputs were compared
-    tables: the options of each weight; sensitivities: what its error counts for in the network's
+    tables: the options of each weight, of what the chosen recipe leaves of the network; sensitivities: what its error
+        counts for in the network's
     left: why other layers were left as they are
     float_metrics: the user's metric of the float model
     training: lines of Python that train in what pruning alone cannot do; none where that is not called for
@@ -68,7 +69,8 @@ class Advice:
         found = {}
         for table in self.tables:
             name, weight = table.name, table.weight
-            spec = next((spec for spec in point.recipe.prune if spec.keeps(name, weight) is None), None)
+            zeroing = [spec for spec in point.recipe.prune if spec not in point.recipe.removals]
+            spec = next((spec for spec in zeroing if spec.keeps(name, weight) is None), None)
             is_float = any(fnmatchcase(name, glob) for glob in point.recipe.keep_float)
             text = "" if spec is None else str(replace(spec, only=(), keep=()))
             dtype = "float32" if is_float else "int8"

@@ -117,7 +117,7 @@ class Stitcher:
 
 
 def recipe_of(tables: Sequence[LayerTable], choice: Choice, base: Recipe) -> Recipe:
-    """``base`` with each layer as chosen: a specification for all layers that have the same, in execution order."""
+    """``base`` and then each layer as chosen: a specification for all that have the same, in execution order."""
     layers: dict[str, list[str]] = {}
     floats: list[str] = []
     for table, option in zip(tables, choice, strict=True):
@@ -129,7 +129,7 @@ def recipe_of(tables: Sequence[LayerTable], choice: Choice, base: Recipe) -> Rec
     specs: list[PruneSpec] = [
         replace(parse_prune(text), only=tuple(map(glob_of, names))) for text, names in layers.items()
     ]
-    return replace(base, prune=tuple(specs), keep_float=(*base.keep_float, *map(glob_of, floats)))
+    return replace(base, prune=(*base.prune, *specs), keep_float=(*base.keep_float, *map(glob_of, floats)))
 
 
 def glob_of(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from tvm.ir import IRModule
 
+from pumice.advisor.removals import REMOVALS, ladders
 from pumice.errors import UsageError
 from pumice.module import layers_of, weights_of
 from pumice.passes.layer_kernel import LayerWork
@@ -29,11 +30,15 @@ LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Space:
-    """What is tried: each technique with each pattern, at each level that the pattern leaves free."""
+    """What is tried: each technique with each pattern, at each level that the pattern leaves free.
+
+    ``removals`` are filters and heads that are taken out before, as specifications, while that is worth it.
+    """
 
     techniques: tuple[str, ...] = TECHNIQUES
     patterns: tuple[str, ...] = PATTERNS
     levels: tuple[float, ...] = LEVELS
+    removals: tuple[str, ...] = REMOVALS
 
     def __post_init__(self) -> None:
         """Refuse what cannot be tried."""
@@ -42,6 +47,7 @@ class Space:
                 known = ", ".join((*TECHNIQUES, *SLOW))
                 raise UsageError(f"there is no technique {technique!r} to try; there are {known}")
         self.parsed  # noqa: B018
+        ladders(self.removals)
 
     @classmethod
     def of(cls, target: Target, **given: Any) -> Space:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import tvm
 from tvm.ir import IRModule
@@ -18,8 +18,10 @@ from pumice.errors import UnsupportedError, UsageError
 from pumice.module import source_of
 from pumice.passes.calibrate import Calibrate
 from pumice.passes.evaluate import Evaluator
+from pumice.passes.prune_spec import PruneSpec
 from pumice.passes.quantization_plan import QuantizeSpec
 from pumice.passes.quantize import Quantize
+from pumice.prepare import removing
 from pumice.recipe import Recipe
 from pumice.schedules.measurements import Machine, open_journal, read_measurements
 from pumice.stages import Stages
@@ -49,7 +51,11 @@ class Effort:
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What one run stands on. ``mod`` is the simplified float model, ``exact`` runs it; ``note`` is on the samples."""
+    """What one run stands on.
+
+    ``mod`` is the simplified float model; ``exact`` runs it whole; ``note`` is on the samples. ``base`` is what every
+    recipe has; of a ground without some filters or heads (``smaller``) it removes them.
+    """
 
     mod: IRModule
     exact: Evaluator
@@ -61,6 +67,14 @@ class Ground:
     effort: Effort
     stage: Stages
     tell: Tell
+
+    def smaller(self, removals: Sequence[PruneSpec]) -> Ground:
+        """The ground of the network without these filters and heads. Raises what the passes do that remove them."""
+        mod = self.mod
+        for spec in removals:
+            with self.stage(f"remove {spec}"):
+                mod = tvm.transform.Sequential([removing(spec, self.setting.calibration)])(mod)
+        return replace(self, mod=mod, base=self.base.but(prune=tuple(removals)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,14 +110,14 @@ def _tables(ground: Ground, subjects: list[Subject], measure: bool, threads: int
     measured = read_measurements(path, machine) if path and not measure else None
     times = "" if measured is None else ground.setting.times_key
 
+    def asked(subject: Subject) -> tuple[str, ...]:
+        return ("options of a layer", subject.name, times, *map(str, (*ground.base.prune, *subject.specs)))
+
     def recorded(subject: Subject, compute: Callable[[], LayerTable]) -> LayerTable:
-        details = (subject.name, times, *map(str, subject.specs))
-        stored = ground.work.remember(
-            lambda: [option.to_json() for option in compute().options], "options of a layer", *details
-        )
+        stored = ground.work.remember(lambda: [option.to_json() for option in compute().options], *asked(subject))
         return LayerTable(subject.name, subject.layers, subject.weight, tuple(LayerOption(**one) for one in stored))
 
-    new = [s for s in subjects if not ground.work.has("options of a layer", s.name, times, *map(str, s.specs))]
+    new = [subject for subject in subjects if not ground.work.has(*asked(subject))]
     by_weight = {subject.weight: subject for subject in subjects}
     done = len(subjects) - len(new)
 

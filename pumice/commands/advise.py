@@ -69,6 +69,11 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
         "--patterns", metavar="A,B", help="to try (default: 1x4,2x4,4x4,unstructured; for GPUs 2:4 too)"
     )
     parser.add_argument("--levels", metavar="A,B", help="shares of zeros to try (default: 0.3 to 0.95)")
+    parser.add_argument(
+        "--removals",
+        metavar="A,B",
+        help="to try before (default: filters:0.125 to filters:0.5, heads:0.25, heads:0.5), or none",
+    )
     parser.add_argument("--tuning-db", metavar="FILE", help="times of kernels, as `pumice tune` writes them")
     parser.add_argument("--measure", action="store_true", help="measure the kernels' times here, into --tuning-db")
     parser.add_argument("--threads", type=int, metavar="N", help="what the library runs on by default")
@@ -145,8 +150,15 @@ def _space(args: argparse.Namespace) -> Space:
         "techniques": tuple(args.techniques.split(",")) if args.techniques else None,
         "patterns": tuple(args.patterns.split(",")) if args.patterns else None,
         "levels": tuple(map(_share, args.levels.split(","))) if args.levels else None,
+        "removals": _removals(args.removals),
     }
-    return Space.of(Target.parse(args.target), **{name: value for name, value in given.items() if value})
+    return Space.of(Target.parse(args.target), **{name: value for name, value in given.items() if value is not None})
+
+
+def _removals(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return () if text == "none" else tuple(text.split(","))
 
 
 def _share(text: str) -> float:
@@ -169,7 +181,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _write_recipe(args: argparse.Namespace, advice: Advice) -> None:
-    from pumice.advisor.advisor import describe
+    from pumice.advisor.ledger import describe
     from pumice.recipe import format_recipe
 
     point = advice.chosen

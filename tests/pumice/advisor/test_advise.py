@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from tiny import tiny_onnx
 
 from pumice.advise import Effort, advise_model
@@ -19,14 +21,25 @@ from pumice.evaluation import Metric
 from pumice.recipe import Recipe, read_recipe
 
 IMAGES = {"image": np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)}
-SPACE = Space(techniques=("magnitude", "sparsegpt"), patterns=("1x4",), levels=(0.5, 0.9))
+SPACE = Space(techniques=("magnitude", "sparsegpt"), patterns=("1x4",), levels=(0.5, 0.9), removals=())
+REMOVING = replace(SPACE, removals=("filters:0.25", "filters:0.5"))
 QUICK = Effort(trials=3, points=2, seconds=0.01)
 
 
-def advise(budget, **given):
-    return advise_model(
-        tiny_onnx(batch=1), calibration=IMAGES, budget=budget, space=SPACE, effort=QUICK, threads=1, **given
-    )
+def advise(budget, model=None, space=SPACE, **given):
+    model = model or tiny_onnx(batch=1)
+    return advise_model(model, calibration=IMAGES, budget=budget, space=space, effort=QUICK, threads=1, **given)
+
+
+def with_idle_filters():
+    """The second half of the filters of both convolutions adds next to nothing."""
+    model = tiny_onnx(batch=1)
+    for tensor in model.graph.initializer:
+        if tensor.name in ("stem.weight", "conv.weight", "conv.bias"):
+            array = numpy_helper.to_array(tensor).copy()
+            array[8:] *= 1e-3
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return model
 
 
 def indifferent(folder):
@@ -64,6 +77,32 @@ def test_a_latency_is_kept_and_uniform_settings_get_as_much():
     assert all(point.expected_ms <= limit for point in [chosen, *uniform])
     assert {str(point.recipe.prune[0]).split(":")[0] for point in uniform} == {"magnitude", "sparsegpt"}
     assert all(chosen.drop <= point.drop for point in allocated if point.expected_ms <= limit)
+
+
+def test_filters_are_taken_out_first_where_that_loses_less():
+    """By zeros alone the filters that matter lose weights too. The options are those of what is left."""
+    advice = advise(
+        Budget.parse("latency", "45%"), model=with_idle_filters(), space=REMOVING, target="armv8.2-a+dotprod"
+    )
+    (dense,) = (point for point in advice.points if point.kind == "int8")
+    limit = 0.45 * dense.expected_ms * (1 + 1e-9)
+    chosen, kept = advice.chosen, [point for point in advice.points if point.expected_ms <= limit]
+    assert chosen in kept
+    assert [str(spec).split(":")[0] for spec in chosen.recipe.removals] == ["filters"]
+    assert chosen.drop < min(point.drop for point in kept if not point.recipe.removals)
+    assert any(point.kind == "uniform" and point.recipe.removals for point in kept)
+    artifact = compile_model(with_idle_filters(), calibration=IMAGES, recipe=chosen.recipe, threads=1)
+    zeroed = {layer.name for layer in artifact.layers if "1x4" in (layer.pruned_by or "")}
+    assert zeroed == {name for name, option in advice.chosen_options().items() if ":" in option}
+
+
+@pytest.mark.slow
+def test_what_loses_too_much_by_itself_is_not_looked_at_further():
+    """Where no filter is idle and little is asked for, zeros lose less than filters do."""
+    advice = advise(Budget.parse("latency", "90%"), target="armv8.2-a+dotprod", space=REMOVING)
+    assert any("filters:0.25 alone loses" in remark for remark in advice.remarks)
+    assert not any("filters:0.5" in point.label for point in advice.points)
+    assert not advice.chosen.recipe.removals
 
 
 def test_an_accuracy_that_even_everything_reverted_misses_is_an_error(tmp_path):
@@ -133,7 +172,18 @@ def test_the_command_writes_recipe_and_advice(tmp_path, monkeypatch, capsys):
         "--points",
         "2",
     ]
-    options += ["--seconds", "0.01", "--threads", "1", "--eval", f"{script}:mean", "--max-drop", "1%"]
+    options += [
+        "--removals",
+        "none",
+        "--seconds",
+        "0.01",
+        "--threads",
+        "1",
+        "--eval",
+        f"{script}:mean",
+        "--max-drop",
+        "1%",
+    ]
     files = ["--calibration", str(data), "-o", str(recipe), "--advice", str(found)]
     assert main(["advise", str(model), *files, *options]) == 0
     printed = capsys.readouterr().out
@@ -150,6 +200,7 @@ def test_the_command_writes_recipe_and_advice(tmp_path, monkeypatch, capsys):
     [
         (["--latency", "soon"], 2, "--latency soon: is no budget"),
         (["--max-drop", "1%", "--techniques", "luck"], 2, "there is no technique 'luck'"),
+        (["--max-drop", "1%", "--removals", "magnitude:1x4:0.5"], 2, "makes weights zero and removes none"),
         (["-o", "r.toml"], 2, "without a budget no recipe is chosen"),
         (["--eval", "nowhere.py:f", "--max-drop", "1%"], 2, "nowhere.py"),
     ],
