@@ -3,8 +3,9 @@
     python -m bench.advised --data DIR
 
 For each network of ``bench/tasks.py``: what ``pumice advise --latency SHARE`` allocates, and beside it every technique
-in every pattern on all layers alike, as much of it as takes no longer. Each is compiled, measured by the task and timed
-in turns with dense int8. What was found goes into work files, so a run that was killed goes on where it was.
+in every pattern on all layers alike, and filters and heads removed, as much of it as takes no longer. The advisor
+chooses by the task's measure; what keeps to the limit is then measured on data that are held back from that too. Each
+is timed in turns with dense int8. What was found goes into work files, so a run that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+import pumice
 from bench import tasks
 from bench.tables import markdown, number
 from bench.tasks import TASKS, Run, Task, add_task_options
 from bench.techniques import INT8
 from pumice.advise import Effort, advise_model
-from pumice.advisor.advice import Advice
+from pumice.advisor.advice import Advice, Point, cost_of
 from pumice.advisor.budget import Budget
 from pumice.advisor.removals import REMOVALS
 from pumice.advisor.subjects import Space
@@ -44,7 +46,7 @@ def advise(name: str, task: Task, options: argparse.Namespace) -> Advice:
         calibration=task.calibration,
         metric=Metric(Path(tasks.__file__), name, measured),
         budget=Budget.parse("latency", options.latency),
-        base=INT8[name],
+        base=INT8[name].but(reconstruct=options.reconstruct),
         space=Space(patterns=tuple(options.patterns), levels=tuple(options.levels), removals=tuple(options.removals)),
         effort=Effort(trials=options.trials, points=options.points, processes=options.processes),
         threads=options.threads,
@@ -53,20 +55,39 @@ def advise(name: str, task: Task, options: argparse.Namespace) -> Advice:
     )
 
 
-def table(name: str, advice: Advice) -> str:
-    """Dense int8, what was allocated, and the uniform settings, the least drop first."""
-    wanted = {"int8": 0, "allocated": 1, "uniform": 2}
-    points = [point for point in advice.points if point.kind in wanted]
-    (dense,) = (point for point in points if point.kind == "int8")
-    lines = [[name, "ms", "of dense int8", *_MEASURES[name], "cosine of outputs"]]
-    for point in sorted(points, key=lambda point: (wanted[point.kind], point.drop)):
-        outcome = point.outcome
-        assert outcome.milliseconds is not None and dense.outcome.milliseconds is not None
-        share = outcome.milliseconds / dense.outcome.milliseconds
-        values = [number(outcome.metrics[measure], 4) for measure in _MEASURES[name]]
+def table(name: str, task: Task, advice: Advice, options: argparse.Namespace) -> str:
+    """Dense int8, what was allocated, and the uniform settings, the least drop first; what takes longer is left out."""
+    wanted = {"int8": 0, "allocated": 1, "frontier": 1, "uniform": 2}
+    (dense,) = (point for point in advice.points if point.kind == "int8")
+    assert advice.budget is not None
+    limit = advice.budget.limit(1e6 * cost_of(dense, "time")) / 1e6
+    kept = [point for point in advice.points if cost_of(point, "time") <= limit and point.kind in wanted]
+    rows = []
+    for point in [dense, *sorted(kept, key=lambda point: (wanted[point.kind], point.drop))]:
+        outcome, held = point.outcome, _held(task, point, options.threads)
+        share = cost_of(point, "time") / cost_of(dense, "time")
+        values = [*(outcome.metrics[measure] for measure in _MEASURES[name]), *held.values()]
         label = f"{point.label}, chosen" if point.chosen else point.label
-        lines.append([label, number(outcome.milliseconds, 3), f"{share:.0%}", *values, number(outcome.cosine, 3)])
-    return markdown(lines)
+        times = [number(cost_of(point, "time"), 3), f"{share:.0%}"]
+        rows.append([label, *times, *(number(value, 4) for value in values), number(outcome.cosine, 3)])
+        print(f"  {rows[-1]}", file=sys.stderr, flush=True)
+    return markdown([[name, "ms", "of dense int8", *_MEASURES[name], *held, "cosine of outputs"], *rows])
+
+
+def _held(task: Task, point: Point, threads: int | None) -> dict[str, float]:
+    """The measures that the advisor did not choose by."""
+    if task.held is None:
+        return {}
+    library = pumice.compile(
+        task.model,
+        inputs=task.inputs,
+        calibration=task.calibration,
+        recipe=point.recipe,
+        threads=threads,
+        measure_errors=False,
+        check=False,
+    )
+    return task.held(lambda feed: np.asarray(next(iter(library(**feed).values()))))
 
 
 def main() -> None:
@@ -77,6 +98,8 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=["1x4", "4x4", "unstructured"])
     parser.add_argument("--levels", nargs="+", type=float, default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--removals", nargs="*", default=REMOVALS, help="tried before, one method after the other")
+    parser.add_argument("--reconstruct", type=int, default=0, help="steps, of whatever makes weights zero")
+    parser.add_argument("--calibrate", type=int, help="samples (default: the task's)")
     parser.add_argument("--trials", type=int, default=40, help="choices that the search for sensitivities scores")
     parser.add_argument("--points", type=int, default=3, help="of the frontier")
     parser.add_argument("--processes", type=int, default=1, help="for the errors of the layers' options")
@@ -85,8 +108,9 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.networks:
-        advice = advise(name, TASKS[name](options.data), options)
-        print(f"\n{table(name, advice)}\n")
+        task = TASKS[name](options.data, options.calibrate) if options.calibrate else TASKS[name](options.data)
+        advice = advise(name, task, options)
+        print(f"\n{table(name, task, advice, options)}\n")
         for remark in advice.remarks:
             print(f"- {remark}")
 

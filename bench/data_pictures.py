@@ -1,7 +1,8 @@
-"""Real pictures for image classifiers: the photographs among Tux Paint's stamps, as ImageNet networks take them."""
+"""Real pictures for classifiers: photographs among Tux Paint's stamps, as ImageNet networks take them, and clothes."""
 
 from __future__ import annotations
 
+import gzip
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from bench.data_packages import find_package, read_deb
+from pumice.demo.run import to_input
 
 Pictures = npt.NDArray[np.float32]
 
@@ -29,6 +31,18 @@ def read_pictures(folder: Path) -> dict[str, Pictures]:
     package = find_package(folder, "tuxpaint-stamps-default_*.deb")
     encoded = {name: data for name, data in read_deb(package, ".png") if is_photograph(name)}
     return {name: prepare(Image.open(io.BytesIO(encoded[name]))) for name in sorted(encoded)}
+
+
+def read_fashion(folder: Path, kind: str) -> tuple[Pictures, npt.NDArray[np.uint8]]:
+    """Images ``[n, 1, 28, 28]`` in 0..1 and labels of Fashion-MNIST, ``train`` or ``t10k``, in its order.
+
+    From the Debian package ``dataset-fashion-mnist`` in ``folder``; files in the IDX format.
+    """
+    package = find_package(folder, "dataset-fashion-mnist_*.deb")
+    found = {name.rsplit("/", 1)[-1]: gzip.decompress(data) for name, data in read_deb(package, "-ubyte.gz")}
+    images = np.frombuffer(found[f"{kind}-images-idx3-ubyte.gz"], np.uint8, offset=16)
+    labels = np.frombuffer(found[f"{kind}-labels-idx1-ubyte.gz"], np.uint8, offset=8)
+    return to_input(images.reshape(-1, 28, 28)), labels
 
 
 def is_photograph(name: str) -> bool:

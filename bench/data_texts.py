@@ -43,6 +43,10 @@ class Snippets:
     text: list[str]
     rating: npt.NDArray[np.float64]
 
+    def part(self, first: int, end: int) -> Snippets:
+        """Those from ``first`` to before ``end``."""
+        return Snippets(self.text[first:end], self.rating[first:end])
+
     def labels(self) -> npt.NDArray[np.bool_]:
         """True where people found the sentence positive."""
         return self.rating > 0

@@ -96,7 +96,7 @@ def advise_model(
         setting = Setting(
             model, inputs, learned, reference, metric, device, threads, None if tuning_db is None else str(tuning_db)
         )
-        checker = Checker(setting, base, work, _TIMED * effort.seconds)
+        checker = Checker(setting, base.pruning(()), work, _TIMED * effort.seconds)
         ground = Ground(mod, exact, setting, note, checker, work, base, effort, stage, tell)
         return Advisor(ground, space or Space.of(device), budget, measure).advise()
 

@@ -69,6 +69,13 @@ class Recipe:
             given["keep_float"] = (globs,) if isinstance(globs, str) else tuple(globs)
         return replace(self, **given)
 
+    def pruning(self, specs: Sequence[PruneSpec]) -> Recipe:
+        """The recipe with these specifications; where they make nothing zero there is nothing to reconstruct."""
+        pruned = replace(self, prune=tuple(specs))
+        if len(pruned.removals) < len(pruned.prune):
+            return pruned
+        return replace(pruned, reconstruct=0, reconstruct_whole=False)
+
     def to_json(self) -> dict[str, Any]:
         """A plain dict that ``from_json`` reads back."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}

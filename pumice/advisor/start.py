@@ -145,13 +145,13 @@ def carry_out_dense(
         tables = find_layer_options(whole.smaller(removals), Space(techniques=()), measure=False).tables
         expected_ms = CostModel.of_time(tables).dense / 1e6
     label, kind = (" + ".join(map(str, removals)), "uniform") if removals else ("dense int8", "int8")
-    return ledger.carry_out(label, kind, whole.base.but(prune=removals), expected_ms)
+    return ledger.carry_out(label, kind, whole.base.pruning(removals), expected_ms)
 
 
 def _time_model(ground: Ground, layers: Layers) -> CostModel:
     if not ground.setting.is_here:
         return CostModel.of_time(layers.tables)
-    times = ground.checker.dense_times(ground.base)
+    times = ground.checker.dense_times(ground.base.pruning(ground.base.prune))
     names = {name for table in layers.tables for name in table.layers}
     inside = sum(taken for name, taken in times.layers.items() if name in names)
     return CostModel.of_time(layers.tables, times.whole, inside)

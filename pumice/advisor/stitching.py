@@ -129,7 +129,7 @@ def recipe_of(tables: Sequence[LayerTable], choice: Choice, base: Recipe) -> Rec
     specs: list[PruneSpec] = [
         replace(parse_prune(text), only=tuple(map(glob_of, names))) for text, names in layers.items()
     ]
-    return replace(base, prune=(*base.prune, *specs), keep_float=(*base.keep_float, *map(glob_of, floats)))
+    return replace(base.pruning((*base.prune, *specs)), keep_float=(*base.keep_float, *map(glob_of, floats)))
 
 
 def glob_of(name: str) -> str:

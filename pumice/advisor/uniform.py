@@ -54,7 +54,7 @@ class UniformSettings:
             self.remarks.append(f"uniform {technique}:{pattern} does not get so far at any level")
             return None
         spec = spec_of(technique, pattern, amount)
-        recipe = replace(self._whole.ground.base, prune=(spec,) if amount else ())
+        recipe = self._whole.ground.base.pruning((spec,) if amount else ())
         taken = self._whole.time.uniform(technique, pattern, amount) / 1e6
         return self._ledger.carry_out(f"uniform {spec}", "uniform", recipe, taken)
 
