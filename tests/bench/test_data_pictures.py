@@ -1,11 +1,15 @@
+import gzip
+import struct
+
 import numpy as np
 import pytest
 
 pytest.importorskip("PIL")
 
+from packages import ar_of, tar_of
 from PIL import Image
 
-from bench.data_pictures import DEVIATION, MEAN, is_photograph, prepare, split
+from bench.data_pictures import DEVIATION, MEAN, is_photograph, prepare, read_fashion, split
 
 
 def pixels_of(prepared):
@@ -47,3 +51,17 @@ def test_split_uses_every_picture_once():
     calibrating, tested = split(pictures)
     assert calibrating[:, 0, 0, 0].tolist() == [0, 2, 4]
     assert tested[:, 0, 0, 0].tolist() == [1, 3]
+
+
+def test_clothes_come_as_the_demo_takes_them(tmp_path):
+    """IDX: a big-endian head of the sizes, then bytes."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    files = {
+        "./usr/share/t10k-images-idx3-ubyte.gz": struct.pack(">iiii", 0x803, *images.shape) + images.tobytes(),
+        "./usr/share/t10k-labels-idx1-ubyte.gz": struct.pack(">ii", 0x801, 3) + bytes([7, 0, 9]),
+    }
+    data = tar_of({name: gzip.compress(content) for name, content in files.items()}, "w:xz")
+    (tmp_path / "dataset-fashion-mnist_1_all.deb").write_bytes(ar_of({"data.tar.xz": data}))
+    found, labels = read_fashion(tmp_path, "t10k")
+    assert found.dtype == np.float32 and labels.tolist() == [7, 0, 9]
+    np.testing.assert_array_equal(found, images[:, None] / np.float32(255))

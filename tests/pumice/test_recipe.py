@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pumice.errors import ModelError, UsageError
-from pumice.passes.prune_spec import Magnitude, SparseGPT
+from pumice.passes.prune_spec import Magnitude, SparseGPT, parse_prune
 from pumice.patterns import Pattern
 from pumice.recipe import Recipe, format_recipe, read_recipe
 
@@ -66,3 +66,12 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_an_unknown_method_is_refused():
     with pytest.raises(UsageError, match="no calibration method 'luck'"):
         Recipe(calibration_method="luck")
+
+
+def test_what_makes_nothing_zero_reconstructs_nothing():
+    base = Recipe(reconstruct=100, reconstruct_whole=True, smooth=0.5)
+    filters, blocks = parse_prune("filters:0.25"), parse_prune("magnitude:1x4:0.5")
+    assert base.pruning([filters]) == Recipe(prune=(filters,), smooth=0.5)
+    assert base.pruning([]) == Recipe(smooth=0.5)
+    both = base.pruning([filters, blocks])
+    assert (both.reconstruct, both.reconstruct_whole, both.removals) == (100, True, (filters,))
