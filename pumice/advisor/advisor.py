@@ -13,21 +13,22 @@ from pumice.advisor.allocation import Choice, Problem
 from pumice.advisor.budget import Budget
 from pumice.advisor.layer_options import ESTIMATED
 from pumice.advisor.ledger import Ledger
-from pumice.advisor.removals import can_remove, ladders
+from pumice.advisor.removals import possible_ladders
 from pumice.advisor.sensitivities import look_at_each, search
-from pumice.advisor.start import Start, carry_out_dense
+from pumice.advisor.start import Start, carry_out_dense, dense_layers
 from pumice.advisor.stitching import Reference
 from pumice.advisor.subjects import Space
 from pumice.advisor.survey import Ground, find_layer_options
 from pumice.advisor.training import training_lines
 from pumice.advisor.uniform import UniformSettings
 from pumice.errors import AccuracyBudgetError, PerformanceBudgetError, UsageError
-from pumice.module import source_of
+from pumice.module import source_of, weights_of
 from pumice.passes.calibrate import Samples
 from pumice.passes.prune_spec import PruneSpec
 
 _SEARCHED = 8  # samples that a choice is scored on
 _NOTICEABLE = 0.01  # a drop beyond which training is worth its trouble
+_NOISE = 0.01  # of a time that was measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +43,19 @@ class Advisor:
     """From the options of layers to advice."""
 
     def __init__(self, ground: Ground, space: Space, budget: Budget | None, measure: bool) -> None:
-        """Find the options of the layers, measure the float model and dense int8."""
-        self._ground, self._space, self._budget, self._measure = ground, space, budget, measure
+        """Find the options of the layers, measure the float model and dense int8.
+
+        Raises UsageError where a removal names a layer that is not there.
+        """
+        self._ground, self._space, self._budget = ground, space, budget
+        self._ladders = possible_ladders(ground.mod, space.removals) if budget else {}
         self._remarks: list[str] = []
+        self._starts: dict[tuple[PruneSpec, ...], Start] = {}
+        self._failure: PerformanceBudgetError | None = None
         layers = find_layer_options(ground, space, measure)
-        with ground.stage("measure the float model and dense int8"):
+        with ground.stage("measure the float model"):
             self._ledger = Ledger(ground, budget)
-            self._whole = Start(ground, self._ledger, layers)
+        self._whole = self._starts[()] = Start(ground, self._ledger, layers)
 
     def advise(self) -> Advice:
         """Search, allocate, carry out. Raises AccuracyBudgetError and PerformanceBudgetError."""
@@ -59,11 +66,11 @@ class Advisor:
             self._whole.carry_out("float32", "float32", self._whole.float_choice())
             choices = self._whole.frontier(self._whole.problem(self._sensitivities))
         if self._budget is None:
-            return self._advice(self._whole, None)
+            return self._advice(None)
         best = self._walk(limit, choices)
-        with ground.stage("carry out uniform settings that cost as much"):
-            self._carry_out_uniform(best)
-        return self._advice(best.start, self._best(best.point))
+        self._remarks += best.start.remarks
+        self._carry_out_uniform(best.point)
+        return self._advice(self._best(best.point))
 
     # Limits
 
@@ -76,10 +83,16 @@ class Advisor:
         if budget.kind == "latency" and not budget.is_relative and not self._ground.setting.is_here:
             self._refuse_cycles()
         limit = budget.limit(costs.dense)
-        # What is removed leaves less to be done, but no less than what surrounds the layers.
-        if limit < (costs.rest if self._space.removals else costs.least):
-            raise self._whole.unreachable(costs.least)
+        if limit < costs.least:
+            self._check_smallest(limit)
         return limit
+
+    def _check_smallest(self, limit: float) -> None:
+        """Raise PerformanceBudgetError, before the search, where not even all removals together would keep to it."""
+        smallest = tuple(ladder[-1] for ladder in self._ladders.values())
+        start = self._start(smallest, self._space) if smallest else self._whole
+        if start.costs.least > limit:
+            raise start.unreachable(start.costs.least)
 
     def _note_times(self) -> None:
         sources = {option.source for table in self._whole.layers.tables for option in table.options}
@@ -139,47 +152,52 @@ class Advisor:
 
         Raises what ``Start.within_cost`` and ``within_drop`` do where nothing keeps to the budget.
         """
-        best, failure = None, None
-        try:
-            best = self._reached(self._whole, limit, choices)
-        except PerformanceBudgetError as error:
-            failure = error
-        for ladder in ladders(self._space.removals).values():
-            others = best.start.ground.base.removals if best else ()
-            for spec in ladder if can_remove(self._ground.mod, ladder[0]) else []:
-                try:
-                    found = self._without((*others, spec), limit, best)
-                except PerformanceBudgetError as error:
-                    failure = error
-                    continue
-                if found is None:
+        best = self._reached(self._whole, limit, choices)
+        others: tuple[PruneSpec, ...] = ()
+        for ladder in self._ladders.values():
+            shapes, removals = _shapes(self._ground.smaller(others)), others
+            for spec in ladder:
+                smaller = self._ground.smaller((*others, spec))
+                if _shapes(smaller) == shapes:
+                    continue  # the layers are too small for such a share of them
+                shapes, removals = _shapes(smaller), (*others, spec)
+                if best is not None and not self._is_promising(removals, best):
+                    break
+                found = self._reached(self._start(removals, self._narrow(best), smaller), limit)
+                if best is not None and (found is None or not self._is_better(found.point, best.point)):
                     break
                 best = found
+            # As long as nothing keeps to the budget, all is taken out that can be.
+            others = best.start.ground.base.removals if best else removals
         if best is None:
-            assert failure is not None
-            raise failure
+            assert self._failure is not None
+            raise self._failure
         return best
 
-    def _without(self, removals: tuple[PruneSpec, ...], limit: float, best: _Reached | None) -> _Reached | None:
-        """What is reached without some filters or heads; None where that is no better than ``best``."""
-        ground, budget = self._ground, self._budget
+    def _start(self, removals: tuple[PruneSpec, ...], space: Space, smaller: Ground | None = None) -> Start:
+        """What is left without these filters and heads. Kernels are measured of the whole network alone: what is added
+        to a tuning database in between would make what was compiled before another thing."""
+        smaller = smaller or self._ground.smaller(removals)
+        layers = find_layer_options(smaller, space, measure=False)
+        self._starts[removals] = Start(smaller, self._ledger, layers)
+        return self._starts[removals]
+
+    def _is_promising(self, removals: tuple[PruneSpec, ...], best: _Reached) -> bool:
+        """Whether the removals alone lose less than what was found: zeros in what is left only lose more.
+
+        What int8 loses does not count, as layers may stay float.
+        """
+        budget = self._budget
         assert budget is not None
+        dense = carry_out_dense(self._ground, self._ledger, removals)
+        loses = dense.drop - max(0.0, self._whole.dense.drop)
+        if loses <= (budget.value if budget.kind == "max-drop" else best.point.drop):
+            return True
         names = " and ".join(map(str, removals))
-        with ground.stage(f"carry out {names}"):
-            dense = carry_out_dense(ground, self._ledger, removals)
-        # Zeros in what is left only lose more.
-        most = budget.value if budget.kind == "max-drop" else best.point.drop if best else float("inf")
-        if dense.drop >= most:
-            self._remarks.append(f"{names} alone loses {dense.drop:.2g}, so what zeros would add was not looked at")
-            return None
-        smaller = ground.smaller(removals)
-        layers = find_layer_options(smaller, self._narrow(best), self._measure)
-        start = Start(smaller, self._ledger, layers)
-        try:
-            found = self._reached(start, limit, None)
-        except AccuracyBudgetError:  # of the whole network it is the end, of a smaller one a reason to keep to that
-            return None
-        return found if best is None or self._key(found.point) < self._key(best.point) else None
+        self._remarks.append(
+            f"{names} alone loses {loses:.2g} more than int8, so what zeros would add was not looked at"
+        )
+        return False
 
     def _narrow(self, best: _Reached | None) -> Space:
         """The techniques and patterns that were chosen so far: what is beaten in one network is in a smaller one."""
@@ -190,15 +208,35 @@ class Advisor:
         techniques, patterns = (tuple(dict.fromkeys(names)) for names in zip(*used, strict=True))
         return replace(self._space, techniques=techniques, patterns=patterns)
 
-    def _reached(self, start: Start, limit: float, choices: list[Choice] | None) -> _Reached:
-        """The best within the budget from one start, whose frontier is ``choices`` where it is known."""
+    def _reached(self, start: Start, limit: float, choices: list[Choice] | None = None) -> _Reached | None:
+        """The best within the budget from one start, whose frontier is ``choices`` where it is known; None without any.
+
+        Raises AccuracyBudgetError where even the whole network, all reverted, loses too much.
+        """
         budget, problem = self._budget, start.problem(self._sensitivities)
         assert budget is not None
+        names = "".join(f"{spec}, " for spec in start.ground.base.removals)
         if budget.kind != "max-drop":
-            with self._ground.stage("carry out the allocation"):
-                return _Reached(start, start.within_cost(problem, limit))
-        with self._ground.stage("revert layers until the drop is within the budget"):
-            return _Reached(start, start.within_drop(problem, start.frontier(problem) if choices is None else choices))
+            with self._ground.stage(f"{names}carry out the allocation"):
+                try:
+                    return _Reached(start, start.within_cost(problem, limit))
+                except PerformanceBudgetError as error:
+                    self._failure = error
+                    return None
+        with self._ground.stage(f"{names}revert layers until the drop is within the budget"):
+            try:
+                return _Reached(start, start.within_drop(problem, choices or start.frontier(problem)))
+            except AccuracyBudgetError:
+                if start is self._whole:
+                    raise
+                return None
+
+    def _is_better(self, point: Point, best: Point) -> bool:
+        """Whether it is worth having less of the network: for what could be noise of timing it is not."""
+        assert self._budget is not None
+        if self._budget.kind == "max-drop":
+            return self._ledger.taken(point) < (1 - _NOISE) * self._ledger.taken(best)
+        return point.drop < best.drop
 
     def _key(self, point: Point) -> tuple[float, float]:
         """What is least in the best of the points that keep to the budget."""
@@ -208,13 +246,14 @@ class Advisor:
 
     # The end
 
-    def _carry_out_uniform(self, best: _Reached) -> None:
+    def _carry_out_uniform(self, best: Point) -> None:
         """As much of each as the budget allows, or as the best point takes."""
-        budget, taken = self._budget, self._ledger.taken(best.point)
+        budget, taken, whole = self._budget, self._ledger.taken, self._whole
         assert budget is not None
-        limit = taken if budget.kind == "max-drop" else budget.limit(self._whole.costs.dense)
-        settings = UniformSettings(self._whole, self._ledger, self._space)
-        settings.carry_out(limit, limit * self._whole.costs.dense / self._ledger.taken(self._whole.dense))
+        limit = taken(best) if budget.kind == "max-drop" else budget.limit(whole.costs.dense)
+        removals = [ladder[0] for ladder in self._ladders.values()]
+        settings = UniformSettings(whole, self._ledger, self._space, removals)
+        settings.carry_out(limit, limit * whole.costs.dense / taken(whole.dense))
         self._remarks += settings.remarks
 
     def _best(self, chosen: Point) -> Point:
@@ -228,30 +267,29 @@ class Advisor:
             allowed = [point for point in self._ledger.points if taken(point) <= limit]
         return min([chosen, *allowed], key=self._key)
 
-    def _advice(self, start: Start, chosen: Point | None) -> Advice:
+    def _advice(self, chosen: Point | None) -> Advice:
         ground, ledger = self._ground, self._ledger
-        if chosen is not None and start.ground.base.removals != chosen.recipe.removals:
-            start = self._whole
+        removals = () if chosen is None else chosen.recipe.removals
+        start = self._starts.get(removals)
+        layers = start.layers if start else dense_layers(ground, removals)
         points = [replace(point, chosen=point is chosen) for point in ledger.points]
         self._remarks.append(ground.note)
-        if start is not self._whole:
-            removed = " and ".join(map(str, start.ground.base.removals))
+        if removals:
             self._remarks.append(
-                f"first {removed}, then zeros in what is left: the options above are those of what is left, and the "
+                f"{' and '.join(map(str, removals))} first: the options above are those of what is left, and the "
                 "sensitivities those of the whole network"
             )
         if chosen is not None and chosen.kind == "uniform":
             self._remarks.append(f"a setting that treats all layers alike came out best: {chosen.label}")
-        tables = start.layers.tables
         return Advice(
             source=source_of(ground.mod),
             target=ground.setting.target.name,
             counts=ledger.counts,
             budget=self._budget,
             drop_unit=ledger.drop_unit,
-            tables=tuple(tables),
-            sensitivities=tuple(self._sensitivities.get(table.name, 1.0) for table in tables),
-            left=start.layers.left,
+            tables=tuple(layers.tables),
+            sensitivities=tuple(self._sensitivities.get(table.name, 1.0) for table in layers.tables),
+            left=layers.left,
             float_metrics=ledger.metrics,
             points=tuple(points),
             remarks=tuple(self._remarks),
@@ -275,3 +313,7 @@ class Advisor:
         fastest = min(missed, key=self._ledger.taken, default=None)
         is_faster = fastest is not None and self._ledger.taken(fastest) < self._ledger.taken(chosen)
         return training_lines(fastest.recipe) if fastest is not None and is_faster else ()
+
+
+def _shapes(ground: Ground) -> list[tuple[int, ...]]:
+    return [array.shape for array in weights_of(ground.mod).values()]

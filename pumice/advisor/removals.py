@@ -19,8 +19,8 @@ def ladders(removals: Sequence[str]) -> dict[str, list[PruneSpec]]:
     found: dict[str, list[PruneSpec]] = {}
     for text in removals:
         spec = parse_prune(text)
-        if not isinstance(spec, Filters | Heads):
-            raise UsageError(f"{text} makes weights zero and removes none; give filters:AMOUNT or heads:AMOUNT")
+        if not isinstance(spec, Filters | Heads) or not spec.amount:
+            raise UsageError(f"{text} takes no filters or heads out; give filters:AMOUNT or heads:AMOUNT")
         found.setdefault(spec.method, []).append(spec)
     return {method: sorted(specs, key=amount_of) for method, specs in found.items()}
 
@@ -28,6 +28,15 @@ def ladders(removals: Sequence[str]) -> dict[str, list[PruneSpec]]:
 def amount_of(spec: PruneSpec) -> float:
     """The share of filters or heads, or of zeros; 0 where the specification names none."""
     return float(getattr(spec, "amount", 0.0))
+
+
+def possible_ladders(mod: IRModule, removals: Sequence[str]) -> dict[str, list[PruneSpec]]:
+    """``ladders``, of those that the simplified ``mod`` has channels for.
+
+    Raises UsageError too where ``keep`` or ``only`` name no layer.
+    """
+    found = {method: [spec for spec in specs if can_remove(mod, spec)] for method, specs in ladders(removals).items()}
+    return {method: specs for method, specs in found.items() if specs}
 
 
 def can_remove(mod: IRModule, spec: PruneSpec) -> bool:

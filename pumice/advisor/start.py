@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pumice.advisor.advice import Point
+from pumice.advisor.advice import Point, cost_of
 from pumice.advisor.allocation import Choice, Problem, allocate, reversals
 from pumice.advisor.cost_model import CostModel
 from pumice.advisor.ledger import Ledger
@@ -27,13 +27,16 @@ class Start:
 
     dense: the network with all of its layers dense and in int8, carried out
     layers: with their options; time, size: the models of costs, of which ``costs`` is the one that is budgeted
+    remarks: on how a point came about
     """
 
     def __init__(self, ground: Ground, ledger: Ledger, layers: Layers) -> None:
         """Time and measure the dense network. Raises what ``Checker`` does."""
         self.ground, self.layers, self._ledger = ground, layers, ledger
-        self.time = _time_model(ground, layers)
-        self.dense = carry_out_dense(ground, ledger, ground.base.prune, self.time.dense / 1e6)
+        self.remarks: list[str] = []
+        expected = None if ground.setting.is_here else CostModel.of_time(layers.tables).dense / 1e6
+        self.dense = carry_out_dense(ground, ledger, ground.base.prune, expected)
+        self.time = _time_model(ground, layers, self.dense)
         self.size = CostModel.of_size(layers.tables, self.dense.outcome.nbytes)
         self.costs = self.size if ledger.counts == "size" else self.time
 
@@ -120,6 +123,8 @@ class Start:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(path[middle], middle) else (middle, high)
+        reverted = sum(a != b for a, b in zip(path[0], path[high], strict=True))
+        self.remarks.append(f"{reverted} layers were reverted, in {high} steps, from frontier {start + 1}")
         return self.carry_out(f"{high} steps reverted", "reverted", path[high])
 
     def unreachable(self, least: float) -> PerformanceBudgetError:
@@ -142,16 +147,22 @@ def carry_out_dense(
     Of a target that is not here the time is the sum of the layers, which is asked for where it is not given.
     """
     if expected_ms is None and ledger.counts == "time" and not whole.setting.is_here:
-        tables = find_layer_options(whole.smaller(removals), Space(techniques=()), measure=False).tables
-        expected_ms = CostModel.of_time(tables).dense / 1e6
+        expected_ms = CostModel.of_time(dense_layers(whole, removals).tables).dense / 1e6
     label, kind = (" + ".join(map(str, removals)), "uniform") if removals else ("dense int8", "int8")
-    return ledger.carry_out(label, kind, whole.base.pruning(removals), expected_ms)
+    with whole.stage(f"carry out {label}"):
+        return ledger.carry_out(label, kind, whole.base.pruning(removals), expected_ms)
 
 
-def _time_model(ground: Ground, layers: Layers) -> CostModel:
+def dense_layers(whole: Ground, removals: tuple[PruneSpec, ...]) -> Layers:
+    """The layers of what is left, with no option but dense ones."""
+    return find_layer_options(whole.smaller(removals), Space(techniques=()), measure=False)
+
+
+def _time_model(ground: Ground, layers: Layers, dense: Point) -> CostModel:
+    """By the profile of the dense network, as a share of what it takes in turns with the whole one: see ``Checker``."""
     if not ground.setting.is_here:
         return CostModel.of_time(layers.tables)
-    times = ground.checker.dense_times(ground.base.pruning(ground.base.prune))
+    times, taken = ground.checker.dense_times(dense.recipe), 1e6 * cost_of(dense, "time")
     names = {name for table in layers.tables for name in table.layers}
-    inside = sum(taken for name, taken in times.layers.items() if name in names)
-    return CostModel.of_time(layers.tables, times.whole, inside)
+    inside = sum(nanoseconds for name, nanoseconds in times.layers.items() if name in names)
+    return CostModel.of_time(layers.tables, taken, inside * taken / times.whole)

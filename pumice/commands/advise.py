@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--removals",
         metavar="A,B",
-        help="to try before (default: filters:0.125 to filters:0.5, heads:0.25, heads:0.5), or none",
+        help="filters and heads to take out first, while that pays (default: filters:0.125 to filters:0.5, heads:0.25, "
+        "heads:0.5), or none",
     )
     parser.add_argument("--tuning-db", metavar="FILE", help="times of kernels, as `pumice tune` writes them")
     parser.add_argument("--measure", action="store_true", help="measure the kernels' times here, into --tuning-db")
@@ -158,7 +160,8 @@ def _space(args: argparse.Namespace) -> Space:
 def _removals(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
-    return () if text == "none" else tuple(text.split(","))
+    # Commas are also what parts the layers of ``keep=`` and ``only=``.
+    return () if text == "none" else tuple(re.split(r",(?=\w+:[\d.])", text))
 
 
 def _share(text: str) -> float:

@@ -22,7 +22,7 @@ from pumice.recipe import Recipe, read_recipe
 
 IMAGES = {"image": np.random.default_rng(0).standard_normal((16, 1, 8, 8)).astype(np.float32)}
 SPACE = Space(techniques=("magnitude", "sparsegpt"), patterns=("1x4",), levels=(0.5, 0.9), removals=())
-REMOVING = replace(SPACE, removals=("filters:0.25", "filters:0.5"))
+REMOVING = replace(SPACE, removals=("filters:0.125", "filters:0.5"))
 QUICK = Effort(trials=3, points=2, seconds=0.01)
 
 
@@ -80,7 +80,7 @@ def test_a_latency_is_kept_and_uniform_settings_get_as_much():
 
 
 def test_filters_are_taken_out_first_where_that_loses_less():
-    """By zeros alone the filters that matter lose weights too. The options are those of what is left."""
+    """By zeros alone the filters that matter lose weights too. An eighth of these layers is no whole four filters."""
     advice = advise(
         Budget.parse("latency", "45%"), model=with_idle_filters(), space=REMOVING, target="armv8.2-a+dotprod"
     )
@@ -100,9 +100,29 @@ def test_filters_are_taken_out_first_where_that_loses_less():
 def test_what_loses_too_much_by_itself_is_not_looked_at_further():
     """Where no filter is idle and little is asked for, zeros lose less than filters do."""
     advice = advise(Budget.parse("latency", "90%"), target="armv8.2-a+dotprod", space=REMOVING)
-    assert any("filters:0.25 alone loses" in remark for remark in advice.remarks)
-    assert not any("filters:0.5" in point.label for point in advice.points)
+    assert any("filters:0.5 alone loses" in remark for remark in advice.remarks)
+    assert not any("filters:0.5, " in point.label for point in advice.points)
     assert not advice.chosen.recipe.removals
+
+
+@pytest.mark.slow
+def test_what_zeros_alone_do_not_reach_is_reached_with_fewer_filters():
+    space = replace(REMOVING, levels=(0.5,))
+    given = {"model": with_idle_filters(), "target": "armv8.2-a+dotprod"}
+    with pytest.raises(PerformanceBudgetError, match="every layer at its cheapest option"):
+        advise(Budget.parse("latency", "35%"), space=replace(space, removals=()), **given)
+    advice = advise(Budget.parse("latency", "35%"), space=space, **given)
+    assert advice.chosen.recipe.removals
+    with pytest.raises(PerformanceBudgetError, match=r"with filters:0\.5, then every layer at its cheapest option"):
+        advise(Budget.parse("latency", "1%"), space=space, **given)
+
+
+@pytest.mark.slow
+def test_a_base_that_reconstructs_does_so_where_there_are_zeros():
+    advice = advise(Budget.parse("size", "99%"), base=Recipe(reconstruct=2), space=REMOVING)
+    by_kind = {point.kind: point.recipe.reconstruct for point in advice.points if not point.recipe.removals}
+    assert (by_kind["int8"], by_kind["float32"], by_kind["frontier"]) == (0, 0, 2)
+    assert {point.recipe.reconstruct for point in advice.points if point.label == "filters:0.5"} <= {0}
 
 
 def test_an_accuracy_that_even_everything_reverted_misses_is_an_error(tmp_path):
@@ -119,10 +139,11 @@ def test_an_accuracy_that_even_everything_reverted_misses_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_found_is_not_looked_for_again(tmp_path):
+@pytest.mark.parametrize("space", [SPACE, REMOVING], ids=["zeros", "removals"])
+def test_what_was_found_is_not_looked_for_again(tmp_path, space):
     found, sizes = [], []
     for _ in range(2):
-        given = {"metric": indifferent(tmp_path), "work_file": tmp_path / "work"}
+        given = {"metric": indifferent(tmp_path), "work_file": tmp_path / "work", "space": space}
         found.append(advise(Budget.parse("max-drop", "1%"), **given))
         sizes.append((tmp_path / "work").stat().st_size)
     assert sizes[0] == sizes[1]  # nothing was found anew
@@ -200,7 +221,7 @@ def test_the_command_writes_recipe_and_advice(tmp_path, monkeypatch, capsys):
     [
         (["--latency", "soon"], 2, "--latency soon: is no budget"),
         (["--max-drop", "1%", "--techniques", "luck"], 2, "there is no technique 'luck'"),
-        (["--max-drop", "1%", "--removals", "magnitude:1x4:0.5"], 2, "makes weights zero and removes none"),
+        (["--max-drop", "1%", "--removals", "magnitude:1x4:0.5"], 2, "takes no filters or heads out"),
         (["-o", "r.toml"], 2, "without a budget no recipe is chosen"),
         (["--eval", "nowhere.py:f", "--max-drop", "1%"], 2, "nowhere.py"),
     ],
