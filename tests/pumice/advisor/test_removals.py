@@ -62,3 +62,10 @@ def test_what_cannot_be_reached_ends():
     for amount in amounts(known, 10.0):
         known[amount] = 100 - 20 * amount
     assert max(known) == 0.9 and len(known) <= 7
+
+
+def test_a_transformer_has_both():
+    transformer = pytest.importorskip("transformer")
+    model = transformer.Encoder().eval()
+    mod = SimplifyModel()(read_model(model, (transformer.torch.zeros(transformer.SHAPE),)))
+    assert list(possible_ladders(mod, ["filters:0.25", "heads:0.25", "heads:0.5"])) == ["filters", "heads"]
