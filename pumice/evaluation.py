@@ -74,7 +74,7 @@ def load_metric(spec: str) -> Metric:
     if not script.is_file():
         raise UsageError(f"{script}: there is no such file; give SCRIPT.py:FUNCTION, such as metric.py:accuracy")
     module = ModuleType(f"pumice_metric_{script.stem}")
-    module.__file__ = str(script)
+    module.__file__ = str(script.absolute())  # as an import would have it
     sys.modules[module.__name__] = module  # dataclasses and pickle look their own module up
     with _as_usage_error(script, "the script"):  # not by an import, which would leave a cache beside the script
         exec(compile(script.read_bytes(), script, "exec"), vars(module))

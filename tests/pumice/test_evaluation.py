@@ -39,6 +39,15 @@ def test_anything_that_is_a_number_is_taken(metric, value):
     assert metric(f"import numpy as np\ndef score(run): return {value}")(double)["score"] in (1.0, 3.0)
 
 
+def test_a_script_named_by_a_relative_path_finds_the_folder_above(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "metric.py").write_text(
+        "from pathlib import Path\nabove = Path(__file__).parents[1].name\ndef score(run): return len(above)"
+    )
+    monkeypatch.chdir(tmp_path / "inner")
+    assert load_metric("metric.py:score")(double) == {"score": len(tmp_path.name)}
+
+
 def test_the_script_imports_what_lies_beside_it(metric, tmp_path):
     (tmp_path / "labels_beside.py").write_text("answer = 42")
     before = list(sys.path)
