@@ -25,7 +25,7 @@ class Ledger:
 
     def carry_out(self, label: str, kind: str, recipe: Recipe, expected_ms: float | None = None) -> Point:
         """Compile and measure; none is made twice. Raises what ``Checker.outcome`` does."""
-        known = next((point for point in self.points if point.recipe == recipe), None)
+        known = self.find(recipe)
         if known is not None:
             return known
         outcome = self._checker.outcome(recipe)
@@ -34,6 +34,10 @@ class Ledger:
         self.points.append(point)
         self._tell(describe(point))
         return point
+
+    def find(self, recipe: Recipe) -> Point | None:
+        """The point of a recipe that was carried out."""
+        return next((point for point in self.points if point.recipe == recipe), None)
 
     def taken(self, point: Point) -> float:
         """Nanoseconds or bytes, as measured where it was."""

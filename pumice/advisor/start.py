@@ -146,11 +146,15 @@ def carry_out_dense(
 
     Of a target that is not here the time is the sum of the layers, which is asked for where it is not given.
     """
+    recipe = whole.base.pruning(removals)
+    known = ledger.find(recipe)
+    if known is not None:
+        return known
     if expected_ms is None and ledger.counts == "time" and not whole.setting.is_here:
         expected_ms = CostModel.of_time(dense_layers(whole, removals).tables).dense / 1e6
     label, kind = (" + ".join(map(str, removals)), "uniform") if removals else ("dense int8", "int8")
     with whole.stage(f"carry out {label}"):
-        return ledger.carry_out(label, kind, whole.base.pruning(removals), expected_ms)
+        return ledger.carry_out(label, kind, recipe, expected_ms)
 
 
 def dense_layers(whole: Ground, removals: tuple[PruneSpec, ...]) -> Layers:
