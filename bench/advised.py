@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-import pumice
 from bench import tasks
 from bench.tables import markdown, number
-from bench.tasks import TASKS, Run, Task, add_task_options
+from bench.tasks import TASKS, Run, Task, add_task_options, compiled
 from bench.techniques import INT8
 from pumice.advise import Effort, advise_model
 from pumice.advisor.advice import Advice, Point, cost_of
@@ -78,15 +77,7 @@ def _held(task: Task, point: Point, threads: int | None) -> dict[str, float]:
     """The measures that the advisor did not choose by."""
     if task.held is None:
         return {}
-    library = pumice.compile(
-        task.model,
-        inputs=task.inputs,
-        calibration=task.calibration,
-        recipe=point.recipe,
-        threads=threads,
-        measure_errors=False,
-        check=False,
-    )
+    library = compiled(task, point.recipe, threads)
     return task.held(lambda feed: np.asarray(next(iter(library(**feed).values()))))
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import pumice
 from bench.tables import markdown, number
-from bench.tasks import TASKS, Task, add_task_options, evaluate
+from bench.tasks import TASKS, Task, add_task_options, compiled, evaluate
 from bench.techniques import KEEP
-from pumice.artifact import CompiledModel
 from pumice.bench import measure
 from pumice.module import layers_of
 from pumice.passes import RecordLayers
@@ -41,19 +39,6 @@ def accuracy(task: Task, spec: str | None) -> tuple[list[str], int]:
     return found, round(sum(layer.macs * (1 - layer.sparsity) for layer in layers))
 
 
-def library(task: Task, spec: str | None) -> CompiledModel:
-    """What ``pumice compile`` makes of it."""
-    return pumice.compile(
-        task.model,
-        inputs=task.inputs,
-        calibration=task.calibration,
-        prune=spec,
-        threads=1,
-        measure_errors=False,
-        check=False,
-    )
-
-
 def main() -> None:
     """Remove and measure, in float and in int8."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,7 +51,7 @@ def main() -> None:
         keep = f":keep={KEEP[network]}" if KEEP[network] else ""
         given = [None, *(spec if spec.startswith("filters") else spec + keep for spec in options.specs)]
         measured = [accuracy(task, spec) for spec in given]
-        libraries = {spec or "dense": library(task, spec) for spec in given}
+        libraries = {spec or "dense": compiled(task, Recipe().but(prune=spec), threads=1) for spec in given}
         feed = {name: array[: task.inputs[name][0]] for name, array in task.calibration.items()}
         calls = {name: partial(model, **feed) for name, model in libraries.items()}
         rows = [["", f"{task.main}, float", "int8", "multiply-adds", "ms", "times as fast"]]

@@ -19,12 +19,15 @@ import onnx
 from sklearn.linear_model import LogisticRegression
 from tvm.ir import IRModule
 
+import pumice
 from bench import engines
 from bench.data_pictures import read_fashion, read_pictures, split
 from bench.data_texts import calibration_texts, draw, read_snippets, read_word_pairs
+from pumice.artifact import CompiledModel
 from pumice.demo.run import read_data
 from pumice.frontend import read_model
 from pumice.passes.evaluate import Evaluator
+from pumice.recipe import Recipe
 
 Run = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 Measure = Callable[[Run], dict[str, float]]
@@ -63,6 +66,19 @@ def evaluate(task: Task, mod: IRModule) -> dict[str, float]:
     """The measures of ``mod``, a form of the task's network with its first output."""
     evaluator = Evaluator(mod)
     return task.measure(lambda feed: next(iter(evaluator.run(feed).values())))
+
+
+def compiled(task: Task, recipe: Recipe, threads: int | None) -> CompiledModel:
+    """What ``pumice compile`` makes of the task's network, calibrated on its samples."""
+    return pumice.compile(
+        task.model,
+        inputs=task.inputs,
+        calibration=task.calibration,
+        recipe=recipe,
+        threads=threads,
+        measure_errors=False,
+        check=False,
+    )
 
 
 def demo(folder: Path, calibrate: int = _CALIBRATE) -> Task:

@@ -80,7 +80,7 @@ def removing(spec: PruneSpec, calibration: Samples | None) -> RemoveFilters | Re
 def _pruned(
     mod: IRModule, recipe: Recipe, calibration: Samples | None, stage: Stages, measure_errors: bool
 ) -> IRModule:
-    zeroing = [spec for spec in recipe.prune if spec not in recipe.removals]
+    zeroing = recipe.zeroing
     if recipe.reconstruct_whole and not recipe.reconstruct:
         raise UsageError(
             "reconstruction of the whole network has no number of steps: give --reconstruct (reconstruct=) too"

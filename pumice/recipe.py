@@ -59,6 +59,11 @@ class Recipe:
         """Those of ``prune`` that take filters or heads out of the network; they come first."""
         return tuple(spec for spec in self.prune if isinstance(spec, Filters | Heads))
 
+    @property
+    def zeroing(self) -> tuple[PruneSpec, ...]:
+        """The others of ``prune``, which make weights zero."""
+        return tuple(spec for spec in self.prune if not isinstance(spec, Filters | Heads))
+
     def but(self, **changes: Any) -> Recipe:
         """The recipe with the ``changes`` that are not None; ``prune`` may be text, a spec, or several."""
         given = {name: value for name, value in changes.items() if value is not None}
@@ -72,9 +77,7 @@ class Recipe:
     def pruning(self, specs: Sequence[PruneSpec]) -> Recipe:
         """The recipe with these specifications; where they make nothing zero there is nothing to reconstruct."""
         pruned = replace(self, prune=tuple(specs))
-        if len(pruned.removals) < len(pruned.prune):
-            return pruned
-        return replace(pruned, reconstruct=0, reconstruct_whole=False)
+        return pruned if pruned.zeroing else replace(pruned, reconstruct=0, reconstruct_whole=False)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict that ``from_json`` reads back."""

@@ -69,8 +69,7 @@ class Advice:
         found = {}
         for table in self.tables:
             name, weight = table.name, table.weight
-            zeroing = [spec for spec in point.recipe.prune if spec not in point.recipe.removals]
-            spec = next((spec for spec in zeroing if spec.keeps(name, weight) is None), None)
+            spec = next((spec for spec in point.recipe.zeroing if spec.keeps(name, weight) is None), None)
             is_float = any(fnmatchcase(name, glob) for glob in point.recipe.keep_float)
             text = "" if spec is None else str(replace(spec, only=(), keep=()))
             dtype = "float32" if is_float else "int8"

@@ -90,7 +90,7 @@ class Advisor:
     def _check_smallest(self, limit: float) -> None:
         """Raise PerformanceBudgetError, before the search, where not even all removals together would keep to it."""
         smallest = tuple(ladder[-1] for ladder in self._ladders.values())
-        start = self._start(smallest, self._space) if smallest else self._whole
+        start = self._start(self._ground.smaller(smallest), self._space) if smallest else self._whole
         if start.costs.least > limit:
             raise start.unreachable(start.costs.least)
 
@@ -153,34 +153,33 @@ class Advisor:
         Raises what ``Start.within_cost`` and ``within_drop`` do where nothing keeps to the budget.
         """
         best = self._reached(self._whole, limit, choices)
-        others: tuple[PruneSpec, ...] = ()
+        ground = self._ground
         for ladder in self._ladders.values():
-            shapes, removals = _shapes(self._ground.smaller(others)), others
+            last = ground
             for spec in ladder:
-                smaller = self._ground.smaller((*others, spec))
-                if _shapes(smaller) == shapes:
+                smaller = ground.smaller([spec])
+                if _shapes(smaller) == _shapes(last):
                     continue  # the layers are too small for such a share of them
-                shapes, removals = _shapes(smaller), (*others, spec)
-                if best is not None and not self._is_promising(removals, best):
+                last = smaller
+                if best is not None and not self._is_promising(smaller.base.removals, best):
                     break
-                found = self._reached(self._start(removals, self._narrow(best), smaller), limit)
+                found = self._reached(self._start(smaller, self._narrow(best)), limit)
                 if best is not None and (found is None or not self._is_better(found.point, best.point)):
                     break
                 best = found
             # As long as nothing keeps to the budget, all is taken out that can be.
-            others = best.start.ground.base.removals if best else removals
+            ground = best.start.ground if best else last
         if best is None:
             assert self._failure is not None
             raise self._failure
         return best
 
-    def _start(self, removals: tuple[PruneSpec, ...], space: Space, smaller: Ground | None = None) -> Start:
-        """What is left without these filters and heads. Kernels are measured of the whole network alone: what is added
+    def _start(self, smaller: Ground, space: Space) -> Start:
+        """What is left without some filters and heads. Kernels are measured of the whole network alone: what is added
         to a tuning database in between would make what was compiled before another thing."""
-        smaller = smaller or self._ground.smaller(removals)
-        layers = find_layer_options(smaller, space, measure=False)
-        self._starts[removals] = Start(smaller, self._ledger, layers)
-        return self._starts[removals]
+        start = Start(smaller, self._ledger, find_layer_options(smaller, space, measure=False))
+        self._starts[smaller.base.removals] = start
+        return start
 
     def _is_promising(self, removals: tuple[PruneSpec, ...], best: _Reached) -> bool:
         """Whether the removals alone lose less than what was found: zeros in what is left only lose more.

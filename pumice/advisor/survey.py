@@ -69,12 +69,12 @@ class Ground:
     tell: Tell
 
     def smaller(self, removals: Sequence[PruneSpec]) -> Ground:
-        """The ground of the network without these filters and heads. Raises what the passes do that remove them."""
+        """The ground without these filters and heads too. Raises what the passes do that remove them."""
         mod = self.mod
         for spec in removals:
             with self.stage(f"remove {spec}"):
                 mod = tvm.transform.Sequential([removing(spec, self.setting.calibration)])(mod)
-        return replace(self, mod=mod, base=self.base.but(prune=tuple(removals)))
+        return replace(self, mod=mod, base=self.base.but(prune=(*self.base.prune, *removals)))
 
 
 @dataclass(frozen=True, eq=False)
